@@ -1,0 +1,68 @@
+"""Iterative algorithms, written once over the primitives that a backend supplies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+BLOCK_OVERSAMPLING = 8
+"""Extra columns of a Krylov block, so that a cluster at the k-th eigenvalue does not stall the block."""
+
+
+def orthonormal(X: Tensor) -> Tensor:
+    """Orthonormal columns that span those of X [r, b], by CholeskyQR2 in float64; any X of full column rank."""
+    X = X.double()
+    for _ in range(2):
+        G = X.mT @ X
+        shift = 1e-15 * G.diagonal().sum()  # keeps the factor defined when X is singular to rounding
+        L = torch.linalg.cholesky(G + shift * torch.eye(G.shape[0], dtype=G.dtype, device=G.device))
+        X = torch.linalg.solve_triangular(L, X.mT, upper=False).mT
+    return X
+
+
+def block_krylov(
+    apply: Callable[[Tensor], Tensor], r: int, k: int, *, like: Tensor, tol: float, seed: int
+) -> Tensor:
+    """Basis [r, k] of the dominant k-dimensional eigenspace of a positive semi-definite operator.
+
+    Block Lanczos with full re-orthogonalisation, restarted with its Ritz vectors. Plain power iteration does not
+    converge on the flat spectra of weight updates. `apply` maps [r, b] to [r, b] in the dtype of `like`; everything
+    small is float64. Stops when the residual ||G v - theta v|| of each of the k Ritz pairs is at most tol * theta_1,
+    or when the arithmetic of `apply` admits no further progress.
+    Cost: one `apply` of b = k + 8 columns a step, 4 r d b for re-orthogonalisation at dimension d <= 12 b.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    b = min(r, k + BLOCK_OVERSAMPLING)
+    floor = 4 * torch.finfo(like.dtype).eps
+    limit = max(1, min(r, 12 * b) // b)  # blocks before a restart
+    start = torch.randn(r, b, dtype=torch.float64, generator=generator).to(like.device)
+    best = math.inf
+    for _ in range(20):
+        V = orthonormal(start)
+        block, products = V, []
+        for step in range(limit):
+            product = apply(block.to(like.dtype)).double()
+            products.append(product)
+            if step + 1 == limit or V.shape[1] + b > r:
+                break
+            block = product - V @ (V.mT @ product)
+            scale = torch.linalg.vector_norm(block)
+            if scale <= floor * torch.linalg.vector_norm(product):
+                break  # the space is invariant
+            block = orthonormal(block / scale)
+            block = orthonormal(block - V @ (V.mT @ block))
+            V = torch.cat([V, block], dim=1)
+        GV = torch.cat(products, dim=1)
+        H = V.mT @ GV
+        values, W = torch.linalg.eigh((H + H.mT) / 2)
+        values, W = values.flip(0)[:b], W.flip(1)[:, :b]
+        ritz = V @ W
+        residual = torch.linalg.vector_norm(GV @ W - ritz * values, dim=0)[:k].max().item()
+        top = values[0].item()
+        if residual <= max(tol, floor) * top or residual > 0.5 * best:
+            break
+        best, start = residual, ritz
+    return ritz[:, :k]

@@ -1,0 +1,181 @@
+"""Merge methods: pure functions from stacks of deltas [..., T, m, n] to updates [..., m, n], and their table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from types import MappingProxyType
+
+from torch import Tensor
+
+from isomerge.errors import InputError
+from isomerge.methods.iso import iso_c, iso_cts, subspace_sizes
+from isomerge.methods.linear import average, task_arithmetic
+from isomerge.methods.ties import dare_linear, dare_ties, ties
+from isomerge.methods.tsv import tsvm
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "Parameter",
+    "average",
+    "check_parameters",
+    "dare_linear",
+    "dare_ties",
+    "iso_c",
+    "iso_cts",
+    "task_arithmetic",
+    "ties",
+    "tsvm",
+]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One keyword parameter of a method: its type, default and inclusive range."""
+
+    name: str
+    type: type
+    default: object
+    minimum: float | None
+    maximum: float | None
+    help: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of `METHODS`."""
+
+    name: str  # the recipe's merge_method
+    function: Callable[..., Tensor]
+    title: str
+    paper: str
+    parameters: tuple[Parameter, ...]
+    elementwise: bool  # applies to tensors of any shape; otherwise to matrices alone
+    chunkable: bool  # an element of the update depends on that element's deltas alone
+    seeded: bool  # takes `seed`
+    flops: Callable[[int, int, int], float]  # (m, n, T) -> floating-point operations per matrix
+    peak_floats: Callable[[int, int, int], float]  # (m, n, T) -> float32 working memory per matrix, beside the deltas
+
+
+def _polar_flops(m: int, n: int) -> float:
+    r = min(m, n)
+    return 3.0 * m * n * r + 10.0 * r**3  # half a Gram, eigensolve and inverse root, product
+
+
+def _iso_c_flops(m: int, n: int, T: int) -> float:
+    return T * m * n + _polar_flops(m, n)
+
+
+def _iso_cts_flops(m: int, n: int, T: int) -> float:
+    r = min(m, n)
+    k, s = subspace_sizes(r, T, 0.8)
+    if m <= n:
+        task = 2.0 * (m - k) * m * n + (m - k) ** 2 * n + 9.0 * (m - k) ** 3
+    else:
+        task = m * n * r + 2.0 * m * n * k + k * n**2 + 9.0 * n**3
+    return T * task + _polar_flops(m, n) + _polar_flops(r, n) + _polar_flops(m, T * s) + 2.0 * m * n * r
+
+
+def _tsvm_flops(m: int, n: int, T: int) -> float:
+    r = min(m, n)
+    return T * (m * n * r + 9.0 * r**3 + 2.0 * m * n * (r // T)) + _polar_flops(m, r) + _polar_flops(r, n) + 2.0 * m * n * r
+
+
+def _elementwise_flops(per_element: float) -> Callable[[int, int, int], float]:
+    return lambda m, n, T: per_element * m * n * T
+
+
+def _spectral_floats(m: int, n: int, T: int) -> float:
+    r = min(m, n)
+    return 8.0 * m * n + 12.0 * r * r + 3.0 * (m + n) * r  # float64 copies of one matrix and its Gram, bases, factors
+
+
+def _elementwise_floats(per_delta: float) -> Callable[[int, int, int], float]:
+    return lambda m, n, T: (1.0 + per_delta * T) * m * n
+
+
+DENSITY = "share of the entries that is kept"
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        method.name: method
+        for method in (
+            Method(
+                "average", average, "Weight averaging", "Wortsman et al. 2022, arXiv 2203.05482", (),
+                True, True, False, _elementwise_flops(1), _elementwise_floats(0),
+            ),
+            Method(
+                "task_arithmetic", task_arithmetic, "Task arithmetic", "Ilharco et al. 2023, arXiv 2212.04089", (),
+                True, True, False, _elementwise_flops(1), _elementwise_floats(0),
+            ),
+            Method(
+                "ties", ties, "TIES-Merging", "Yadav et al. 2023, arXiv 2306.01708",
+                (Parameter("density", float, 0.2, 0.0, 1.0, f"{DENSITY}, the largest"),),
+                True, False, False, _elementwise_flops(12), _elementwise_floats(4),
+            ),
+            Method(
+                "dare_linear", dare_linear, "DARE, linear", "Yu et al. 2024, arXiv 2311.03099",
+                (Parameter("density", float, 0.2, 1e-6, 1.0, f"{DENSITY}, at random"),),
+                True, False, True, _elementwise_flops(8), _elementwise_floats(3),
+            ),
+            Method(
+                "dare_ties", dare_ties, "DARE, TIES", "Yu et al. 2024, arXiv 2311.03099",
+                (Parameter("density", float, 0.2, 1e-6, 1.0, f"{DENSITY}, at random"),),
+                True, False, True, _elementwise_flops(12), _elementwise_floats(4),
+            ),
+            Method(
+                "tsvm", tsvm, "TSV-Merge", "Gargiulo et al. 2025, arXiv 2412.00081", (),
+                False, False, False, _tsvm_flops, _spectral_floats,
+            ),
+            Method(
+                "iso_c", iso_c, "Iso-C", "Marczak et al. 2025, arXiv 2502.04959", (),
+                False, False, False, _iso_c_flops, _spectral_floats,
+            ),
+            Method(
+                "iso_cts", iso_cts, "Iso-CTS", "Marczak et al. 2025, arXiv 2502.04959",
+                (Parameter("common_space_fraction", float, 0.8, 0.0, 1.0, "share of the directions that is common"),),
+                False, False, False, _iso_cts_flops, _spectral_floats,
+            ),
+        )
+    }
+)  # fmt: skip
+
+
+def suggestion(name: str, known: Mapping[str, object] | list[str]) -> str:
+    """' (did you mean ...?)' for a misspelt name, or nothing."""
+    close = get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def check_parameters(method: str, parameters: Mapping[str, object]) -> dict[str, object]:
+    """All parameters of `method`, given ones checked, others at their defaults.
+
+    Raises InputError for an unknown method or parameter, a wrong type, and a value outside its range.
+    """
+    if method not in METHODS:
+        raise InputError(f"merge_method: unknown method {method!r}{suggestion(method, METHODS)}; known: {', '.join(METHODS)}")
+    known = {parameter.name: parameter for parameter in METHODS[method].parameters}
+    values = {name: parameter.default for name, parameter in known.items()}
+    for name, value in parameters.items():
+        if name not in known:
+            expected = f"expected one of: alpha{''.join(f', {other}' for other in known)}"
+            raise InputError(
+                f"parameters.{name}: unknown parameter of {method}{suggestion(name, ['alpha', *known])}; {expected}"
+            )
+        values[name] = _checked(known[name], value)
+    return values
+
+
+def _checked(parameter: Parameter, value: object) -> object:
+    where = f"parameters.{parameter.name}"
+    if parameter.type is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, parameter.type) or (isinstance(value, bool) and parameter.type is not bool):
+        raise InputError(f"{where}: expected a {parameter.type.__name__}, got {value!r}")
+    if isinstance(value, float | int):
+        low, high = parameter.minimum, parameter.maximum
+        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+            raise InputError(f"{where}: expected a value from {low:g} to {high:g}, got {value!r}")
+    return value
