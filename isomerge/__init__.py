@@ -1,6 +1,7 @@
 """isomerge: merge fine-tuned models by the spectra of their updates.
 
-`ops` is the linear algebra on stacks of matrices, `methods` the merge methods as pure functions on stacks of deltas.
+`merge` runs a recipe on checkpoints on disk, `merge_state_dicts` the same engine on models in memory; `methods` are
+the merge methods as pure functions on stacks of deltas, `ops` the linear algebra under them.
 Importing the package needs torch alone.
 """
 
@@ -10,5 +11,6 @@ __version__ = "0.1.0"
 
 from isomerge import methods, ops
 from isomerge.errors import InputError
+from isomerge.merge import merge, merge_state_dicts
 
-__all__ = ["InputError", "__version__", "methods", "ops"]
+__all__ = ["InputError", "__version__", "merge", "merge_state_dicts", "methods", "ops"]

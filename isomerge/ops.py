@@ -49,9 +49,7 @@ class SVD(NamedTuple):
     Vh: Tensor
 
 
-def polar(
-    A: Tensor, *, rtol: float = RANK_RTOL, precision: str = "default", backend: str = "auto"
-) -> Polar:
+def polar(A: Tensor, *, rtol: float = RANK_RTOL, precision: str = "default", backend: str = "auto") -> Polar:
     """U_ρ V_ρᵀ, the canonical polar factor over the numerical rank ρ of A = U diag(σ) Vᵀ.
 
     It is the nearest partial isometry to A, unique, zero for a zero matrix; <factor, A> = nuclear_norm.
@@ -111,12 +109,12 @@ def rsvd(
 
 
 def subspace(
-    A: Tensor, k: int, *, side: str = "left", precision: str = "default", backend: str = "auto"
+    A: Tensor, k: int, *, side: str = "left", full: bool = False, precision: str = "default", backend: str = "auto"
 ) -> Tensor:
     """Orthonormal basis Q [..., m, k] of the dominant k-dimensional left subspace of A, or [..., n, k] for "right".
 
-    The columns are leading singular vectors in descending order. Where A has fewer than k of them, the basis is
-    completed arbitrarily; with k = m it is a basis of the whole space.
+    The columns are singular vectors, leading first. Where A has fewer than k of them, the basis is completed
+    arbitrarily. With `full`, further columns span the orthogonal complement: Q is square.
     A: [..., m, n], 0 <= k <= m ("left") or n ("right"). Raises ValueError as `rsvd`, and for an unknown side.
     """
     _check("subspace", A, precision)
@@ -126,9 +124,11 @@ def subspace(
     m, n = B.shape[-2:]
     if not 0 <= k <= m:
         raise ValueError(f"subspace: k must be within 0..{m} for A of shape {tuple(A.shape)}, side {side}, got {k}")
-    if B.shape[:-2].numel() == 0 or n == 0 or k == 0:
-        return torch.eye(m, k, dtype=B.dtype, device=B.device).expand(*B.shape[:-2], m, k).clone()
-    return resolve("subspace", backend, A)(B, k, precision=precision).to(B.dtype)
+    columns = m if full else k
+    if B.shape[:-2].numel() == 0 or n == 0 or columns == 0:
+        return torch.eye(m, columns, dtype=B.dtype, device=B.device).expand(*B.shape[:-2], m, columns).clone()
+    Q: Tensor = resolve("subspace", backend, A)(B, k, full=full, precision=precision)
+    return Q.to(B.dtype)
 
 
 def matmul(A: Tensor, B: Tensor, *, backend: str = "auto") -> Tensor:
@@ -144,7 +144,8 @@ def matmul(A: Tensor, B: Tensor, *, backend: str = "auto") -> Tensor:
     batch = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])
     if batch.numel() * A.shape[-2] * A.shape[-1] * B.shape[-1] == 0:
         return A.new_zeros(*batch, A.shape[-2], B.shape[-1])
-    return resolve("matmul", backend, A)(A, B).to(dtype)
+    product: Tensor = resolve("matmul", backend, A)(A, B)
+    return product.to(dtype)
 
 
 def _check(op: str, A: Tensor, precision: str) -> None:
@@ -157,11 +158,11 @@ def _check(op: str, A: Tensor, precision: str) -> None:
 
 
 def _scaled(op: str, A: Tensor) -> tuple[Tensor, Tensor]:
-    """A / scale in at least float32 and the scale [...]: 1, or a power of two where squares could over- or underflow."""
+    """A / scale in at least float32, and the scale [...]: 1, or a power of two where squares could leave the range."""
     A = A.to(torch.promote_types(A.dtype, torch.float32))
     if A.numel() == 0:
         return A, A.new_ones(A.shape[:-2])
-    largest = torch.linalg.vector_norm(A, ord=float("inf"), dim=(-2, -1))
+    largest = torch.maximum(A.amax((-2, -1)), -A.amin((-2, -1)))  # 1/8 of the time of an infinity norm on a CPU
     if not bool(largest.isfinite().all()):
         raise ValueError(f"{op}: A holds {int((~A.isfinite()).sum())} non-finite values")
     extreme = (largest != 0) & ((largest < 2.0**-40) | (largest > 2.0**40))

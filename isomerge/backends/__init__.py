@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def refusal(op: str, backend: str, device: torch.device) -> str | None:
     return None
 
 
-def resolve(op: str, backend: str, A: Tensor) -> Callable[..., object]:
+def resolve(op: str, backend: str, A: Tensor) -> Callable[..., Any]:
     """The function that computes `op` for `A`: of the named backend, or for "auto" of the first that can.
 
     Raises ValueError for an unknown name, BackendUnavailable when the named backend cannot run this call.
@@ -64,7 +64,8 @@ def resolve(op: str, backend: str, A: Tensor) -> Callable[..., object]:
         chosen = backend
     else:
         raise ValueError(f"{op}: unknown backend {backend!r}; expected one of: auto, {', '.join(BACKENDS)}")
-    return getattr(import_module(BACKENDS[chosen].module), op)
+    function: Callable[..., Any] = getattr(import_module(BACKENDS[chosen].module), op)
+    return function
 
 
 def table(device: torch.device | str = "cpu") -> list[tuple[str, str, str | None]]:

@@ -1,37 +1,23 @@
 """Every op in plain torch, fast on CPUs and correct on any device: Gram matrices, eigensolves, products, no SVDs.
 
 On a CPU matrices run side by side, one per core (`side_by_side.py`); elsewhere one after the other. Each function
-with a leading underscore sees one matrix, and inside it `B` is that matrix with the small side last: B [p, r], p >= r.
+with a leading underscore sees one matrix; inside it B [p, r] is that matrix with its small side last, p >= r.
 
-Which arithmetic. `precision` is a bound on the relative Frobenius error of the result; a bound is checked before a
-result is accepted, from eigenvalues at hand, and the next dearer arithmetic is used where it does not hold:
-float32 Gram and eigensolve -> float64 Gram and eigensolve -> float64 SVD. The last is the guarded fall-back for
+`precision` bounds the relative Frobenius error of a result. The bound is checked with the eigenvalues at hand, and
+the next dearer arithmetic is used where it does not hold: float32 Gram and eigensolve, then a part of the spectrum
+again in float64 (`eigen.py`), then all of it, then a float64 SVD. The SVD is the guarded fall-back for
 ill-conditioned input: a Gram matrix squares the condition number, so at "default" it answers for spectra whose
-measured condition number exceeds about 1e6, which the default rank policy cuts off for sides of 8 and more.
+measured condition number over the numerical rank exceeds about 1e5 in most directions, at "exact" about 3e3.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from isomerge.backends.iterations import block_krylov, orthonormal
+from isomerge.backends.eigen import TOLERANCE, decoupled, dominant, gram, noise, unresolved
+from isomerge.backends.iterations import block_krylov
 from isomerge.backends.side_by_side import side_by_side
-
-TOLERANCE = {"fast": 1e-2, "default": 3e-5, "exact": 1e-8}
-"""Accepted error bound by precision. "default" must stay under 1e-4 after four such steps; "fast" is 2e-2."""
-
-EIGH_ERROR = 2.0
-"""Backward error of Gram + LAPACK eigh in units of eps * lambda_max (measured: 0.5 to 3 for r = 64 to 1024)."""
-
-GRAM_ERROR = 0.2
-"""The share of EIGH_ERROR that is the rounding of the Gram product itself (measured: 1/10 at k/r = 1/8)."""
-
-BLOCK = 128
-"""Columns per block of a triangular Gram product: 0.64x of the full product at 3072 x 768, least of 96 to 384."""
 
 KRYLOV_MIN_SIDE, KRYLOV_MAX_SHARE = 1536, 1 / 48
 """Block Krylov answers when r >= the first and k/r <= the second; below, one dense eigensolve is faster."""
@@ -60,10 +46,22 @@ def rsvd(
     return U.reshape(*batch, m, k), S.reshape(*batch, k), Vh.reshape(*batch, k, n)
 
 
-def subspace(A: Tensor, k: int, *, precision: str) -> Tensor:
-    """Leading k left singular vectors, completed to k orthonormal columns where the rank is smaller."""
-    results = side_by_side(lambda A: _subspace(A, k, precision), A.reshape(-1, *A.shape[-2:]))
-    return torch.stack(results).reshape(*A.shape[:-1], k)
+def subspace(A: Tensor, k: int, *, full: bool, precision: str) -> Tensor:
+    """Eigenvectors of the Gram on the left side; completed by Householder QR where that is the longer side."""
+    m, n = A.shape[-2:]
+    columns = m if full else k
+
+    def one(A: Tensor) -> Tensor:
+        if m <= n:
+            return dominant(lambda dtype: (gram(A.mT.to(dtype)), 1.0), m, k, A.dtype, precision)[:, :columns].to(
+                A.dtype
+            )
+        U, S, _ = _rsvd(A, min(k, n), A.new_zeros(m, 0), 0.0, A.new_zeros(()), 1e-6, 0, precision)
+        U = U[:, S > m * torch.finfo(A.dtype).eps * S[:1]]
+        return torch.cat([U, torch.linalg.qr(U, mode="complete").Q[:, U.shape[1] : columns]], dim=1)
+
+    results = side_by_side(one, A.reshape(-1, m, n))
+    return torch.stack(results).reshape(*A.shape[:-1], columns)
 
 
 def matmul(A: Tensor, B: Tensor) -> Tensor:
@@ -77,74 +75,55 @@ def matmul(A: Tensor, B: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- one matrix
 
 
-def gram(B: Tensor) -> Tensor:
-    """BᵀB [r, r], the lower triangle by blocks of columns, mirrored."""
-    r = B.shape[1]
-    if r <= 2 * BLOCK:
-        return B.mT @ B
-    G = B.new_empty(r, r)
-    for start in range(0, r, BLOCK):
-        stop = min(start + BLOCK, r)
-        G[start:stop, :stop] = B[:, start:stop].mT @ B[:, :stop]
-        G[:start, start:stop] = G[start:stop, :start].mT
-    return G
-
-
 def _polar(A: Tensor, rtol: float, precision: str) -> tuple[Tensor, Tensor, Tensor]:
     m, n = A.shape
     if m < n:
         factor, nuclear_norm, rank = _polar(A.mT, rtol, precision)
         return factor.mT, nuclear_norm, rank
-    tolerance = TOLERANCE[precision]
-    G, noise = _polar_gram(A, precision)
-    eigenvalues, V = torch.linalg.eigh(G)
-    S = eigenvalues.clamp_min(0).sqrt().double()
+    if A.dtype == torch.float32 and precision != "exact":
+        result = _polar_mixed(A, rtol, TOLERANCE[precision])
+        if result is not None:
+            return result
+    B = A.double()
+    values, V = torch.linalg.eigh(gram(B))
+    S = values.clamp_min(0).sqrt()
     kept = S > rtol * S[-1]
-    inverse = torch.where(kept, S.reciprocal(), 0)
-    decided = rtol * rtol > 4 * noise or bool(kept.all())  # else noise could decide the rank
-    if decided and _turning(noise * eigenvalues[-1], inverse.square()) <= tolerance:
-        root = gram((V * inverse.sqrt()).mT)
-        # the product rounds in proportion to the entries of G^(-1/2) (measured: 10 eps at condition 7e4)
-        rounding = 16 * torch.finfo(A.dtype).eps * S.square().mean().sqrt() * inverse.square().mean().sqrt()
-        factor = A @ root.to(A.dtype) if rounding <= tolerance else A.double() @ root.double()
+    error = noise(torch.float64)
+    decided = rtol**2 > 4 * error or bool(kept.all())  # else noise could decide the rank
+    if decided and not unresolved(values[kept], error, TOLERANCE[precision]):
+        inverse = torch.where(kept, S.reciprocal(), 0)
+        factor = B @ gram((V * inverse.sqrt()).mT)
     else:
-        U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
+        U, S, Vh = torch.linalg.svd(B, full_matrices=False)
         kept = S > rtol * S[0]
         factor = (U * kept) @ Vh
-    return factor.to(A.dtype), (S * kept).sum().to(A.dtype), kept.sum()
+    return factor.to(A.dtype), (S * kept).sum(), kept.sum()
 
 
-def _polar_gram(A: Tensor, precision: str) -> tuple[Tensor, float]:
-    """The Gram of A in the cheapest arithmetic whose error the polar factor bears, and that error / lambda_max.
+def _polar_mixed(A: Tensor, rtol: float, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The float32 factor, its d least directions solved in float64; None where those are more than a third.
 
-    Three levels: float32 Gram and eigensolve, float32 Gram and float64 eigensolve, both in float64.
+    B V D^(-1/2) Vᵀ splits into the well-resolved directions, a product in float32, and the d others, for which B X is
+    computed in float64: its own small Gram resolves singular values down to 1e-8 of the largest.
     """
-    m, n = A.shape
-    # nearly square matrices skip float32: even random ones have condition numbers of order r
-    if A.dtype == torch.float32 and (m >= 2 * n or precision == "fast"):
-        G = gram(A)
-        L, info = torch.linalg.cholesky_ex(G)
-        if info == 0:
-            probes = torch.ones(n, 8, dtype=G.dtype, device=G.device)
-            probes[:, 1:] = torch.randn(n, 7, generator=torch.Generator().manual_seed(0), dtype=G.dtype).to(G.device)
-            # Hutchinson: the mean of ||G^-1 z||^2 over probes is ||G^-1||_F^2, here per eigenvalue
-            inverse = torch.cholesky_solve(probes, L).square().sum(0).mean().div(n).sqrt()
-            for _ in range(6):  # power steps: lambda_max within a few per cent
-                probes = G @ (probes / torch.linalg.vector_norm(probes, dim=0))
-            largest = torch.linalg.vector_norm(probes, dim=0).max()
-            for error, dtype in ((EIGH_ERROR, torch.float32), (GRAM_ERROR, torch.float64)):
-                noise = error * torch.finfo(torch.float32).eps
-                if _turning(noise * largest, inverse) <= TOLERANCE[precision]:
-                    return G.to(dtype), noise
-    return gram(A.double()), EIGH_ERROR * torch.finfo(torch.float64).eps
-
-
-def _turning(error: Tensor, inverse: Tensor) -> float:
-    """Relative error of a polar factor whose Gram, with inverse eigenvalues `inverse`, is off by `error`.
-
-    A backward error E of the Gram moves direction i of the factor by about |E| / (2 lambda_i).
-    """
-    return (error * inverse.square().mean().sqrt() / 2).item()
+    r = A.shape[1]
+    values, V = torch.linalg.eigh(gram(A))
+    d = unresolved(values, noise(A.dtype), tolerance)
+    if d > r // 3:
+        return None
+    S = values[d:].sqrt()
+    if d == 0:
+        return A @ gram((V * S.rsqrt()).mT), S.double().sum(), torch.tensor(r, device=A.device)
+    B = A.double()
+    X, V = decoupled(lambda X: B.mT @ (B @ X), values[d:], V[:, :d], V[:, d:])
+    Y = B @ X
+    squares, W = torch.linalg.eigh(gram(Y))
+    least = squares.clamp_min(0).sqrt()
+    kept = least > rtol * S[-1]
+    inverse = torch.where(kept, least.reciprocal(), 0)
+    factor = A @ gram((V * S.rsqrt()).mT)
+    factor += (Y @ (W * inverse)).to(A.dtype) @ (X @ W).mT.to(A.dtype)
+    return factor, S.double().sum() + (least * kept).sum(), kept.sum() + r - d
 
 
 def _rsvd(
@@ -154,11 +133,11 @@ def _rsvd(
     wide = m <= n
     B = A.mT if wide else A
     r = B.shape[1]
-    work = torch.float64 if precision == "exact" or A.dtype == torch.float64 else torch.float32
     if r >= KRYLOV_MIN_SIDE and k <= KRYLOV_MAX_SHARE * r:
         V = block_krylov(lambda X: _deflated_gram_apply(B, Q, wide, X), r, k, like=B, tol=tol, seed=seed)
     else:
-        V = _leading_eigenvectors(lambda dtype: _deflated_gram(B.to(dtype), Q.to(dtype), wide), k, A.dtype, precision)
+        V = dominant(lambda dtype: _deflated_gram(B.to(dtype), Q.to(dtype), wide), r, k, A.dtype, precision)[:, :k]
+    work = torch.float64 if precision == "exact" else A.dtype
     V = V.to(work)
     Y = B.to(work) @ V  # [p, k]
     if not wide:
@@ -171,34 +150,22 @@ def _rsvd(
     inverse = torch.where(S > 0, S.reciprocal(), 0)
     small, large = V @ W.to(work), Y @ (W * inverse).to(work)
     U, Vh = (small, large.mT) if wide else (large, small.mT)
-    return U.to(A.dtype), S.to(A.dtype), Vh.to(A.dtype)
+    return U.to(A.dtype), S, Vh.to(A.dtype)
 
 
-def _subspace(A: Tensor, k: int, precision: str) -> Tensor:
-    m, n = A.shape
-    if m <= n:
-        empty = A.new_zeros(m, 0)
-        V = _leading_eigenvectors(
-            lambda dtype: _deflated_gram(A.mT.to(dtype), empty.to(dtype), True), k, A.dtype, precision
-        )
-        return V.to(A.dtype)
-    rtol = m * torch.finfo(torch.float32).eps
-    U, S, _ = _rsvd(A, min(k, n), A.new_zeros(m, 0), rtol, A.new_zeros(()), 0.0, 0, precision)
-    U = U[:, S > 0]
-    completion = torch.linalg.qr(U, mode="complete").Q[:, U.shape[1] :]
-    return torch.cat([U, completion], dim=1)[:, :k]
-
-
-def _deflated_gram(B: Tensor, Q: Tensor, wide: bool) -> Tensor:
-    """Small-side Gram of (I - QQᵀ) A, where B = Aᵀ if wide else A."""
+def _deflated_gram(B: Tensor, Q: Tensor, wide: bool) -> tuple[Tensor, float]:
+    """Small-side Gram of (I - QQᵀ) A, where B = Aᵀ if wide else A; and how much larger it was before the deflation."""
     G = gram(B)
     if Q.shape[1] == 0:
-        return G
-    if not wide:
-        return G - gram(Q.mT @ B)
-    C = G @ Q
-    cross = Q @ C.mT
-    return G - cross - cross.mT + Q @ (Q.mT @ C) @ Q.mT
+        return G, 1.0
+    before = torch.linalg.vector_norm(G)
+    if wide:
+        C = G @ Q
+        cross = Q @ C.mT
+        G = G - cross - cross.mT + Q @ (Q.mT @ C) @ Q.mT
+    else:
+        G = G - gram(Q.mT @ B)
+    return G, (before / torch.linalg.vector_norm(G).clamp_min(torch.finfo(G.dtype).tiny)).item()
 
 
 def _deflated_gram_apply(B: Tensor, Q: Tensor, wide: bool, X: Tensor) -> Tensor:
@@ -209,47 +176,3 @@ def _deflated_gram_apply(B: Tensor, Q: Tensor, wide: bool, X: Tensor) -> Tensor:
         return Y - Q @ (Q.mT @ Y)
     Y = B @ X
     return B.mT @ (Y - Q @ (Q.mT @ Y))
-
-
-def _leading_eigenvectors(
-    gram_in: Callable[[torch.dtype], Tensor], k: int, dtype: torch.dtype, precision: str
-) -> Tensor:
-    """Orthonormal basis [r, k] of the dominant k-dimensional eigenspace of a Gram, given the Gram as f(dtype)."""
-    if dtype == torch.float32 and precision != "exact":
-        G = gram_in(torch.float32)
-        eigenvalues, V = torch.linalg.eigh(G)
-        if _mixing(eigenvalues, k, EIGH_ERROR) <= TOLERANCE[precision]:
-            return V[:, -k:].flip(1)
-        if _mixing(eigenvalues, k, GRAM_ERROR) <= TOLERANCE[precision] and 3 * k <= G.shape[0]:
-            return _refined(G.double(), eigenvalues.flip(0).double(), V.flip(1).double(), k)
-    return torch.linalg.eigh(gram_in(torch.float64)).eigenvectors[:, -k:].flip(1)
-
-
-def _refined(G: Tensor, eigenvalues: Tensor, V: Tensor, k: int) -> Tensor:
-    """The dominant k-dimensional eigenspace of G in float64 from a float32 eigensolve (V, descending).
-
-    The far eigenvectors are corrected to first order, V_rest (V_restᵀ R) / (theta_j - lambda_i) with the residual R,
-    those near the k-th by Rayleigh-Ritz in k + k/3 dimensions: 0.6x of the time of a float64 eigensolve at r = 768.
-    """
-    q = k + max(8, k // 3)
-    X, rest = V[:, :q], V[:, q:]
-    GX = G @ X
-    theta = (X * GX).sum(0)
-    X = X + rest @ ((rest.mT @ (GX - X * theta)) / (theta[None, :] - eigenvalues[q:, None]))
-    X = orthonormal(X)
-    return X @ torch.linalg.eigh(X.mT @ G @ X).eigenvectors[:, -k:].flip(1)
-
-
-def _mixing(eigenvalues: Tensor, k: int, error: float) -> float:
-    """Root mean square sine between the computed and the true dominant k-dimensional subspace, estimated.
-
-    A backward error E turns eigenvector j towards eigenvector i by E_ij / (lambda_j - lambda_i); E is taken as
-    unstructured with ||E|| = `error` eps lambda_1, so its entries are of size ||E|| / (2 sqrt(r)).
-    """
-    r = eigenvalues.shape[0]
-    if k == r:
-        return 0.0
-    rest, leading = eigenvalues.double()[: r - k], eigenvalues.double()[r - k :]
-    entry = error * torch.finfo(eigenvalues.dtype).eps * eigenvalues[-1].item() / (2 * math.sqrt(r))
-    gaps = (leading[:, None] - rest[None, :]).clamp_min(entry)
-    return entry * math.sqrt(gaps.reciprocal().square().sum().item() / k)

@@ -23,9 +23,7 @@ def orthonormal(X: Tensor) -> Tensor:
     return X
 
 
-def block_krylov(
-    apply: Callable[[Tensor], Tensor], r: int, k: int, *, like: Tensor, tol: float, seed: int
-) -> Tensor:
+def block_krylov(apply: Callable[[Tensor], Tensor], r: int, k: int, *, like: Tensor, tol: float, seed: int) -> Tensor:
     """Basis [r, k] of the dominant k-dimensional eigenspace of a positive semi-definite operator.
 
     Block Lanczos with full re-orthogonalisation, restarted with its Ritz vectors. Plain power iteration does not

@@ -22,7 +22,7 @@ def polar(A: Tensor, *, rtol: float, precision: str) -> tuple[Tensor, Tensor, Te
 def rsvd(
     A: Tensor, k: int, *, deflate: Tensor, rtol: float, atol: Tensor, tol: float, seed: int, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading k singular triplets U [..., m, k], S [..., k], Vh [..., k, n] of (I - QQᵀ) A, Q = `deflate` [..., m, q]."""
+    """Leading k triplets U [..., m, k], S [..., k], Vh [..., k, n] of (I - QQᵀ) A, where Q = `deflate` [..., m, q]."""
     A, Q = A.double(), deflate.double()
     U, S, Vh = torch.linalg.svd(A - Q @ (Q.mT @ A), full_matrices=False)
     U, S, Vh = U[..., :k], S[..., :k], Vh[..., :k, :]
@@ -34,9 +34,10 @@ def rsvd(
     return U, S * kept, Vh
 
 
-def subspace(A: Tensor, k: int, *, precision: str) -> Tensor:
-    """Leading k left singular vectors [..., m, k] of A; k may be as large as m."""
-    return torch.linalg.svd(A.double(), full_matrices=k > min(A.shape[-2:]))[0][..., :k]
+def subspace(A: Tensor, k: int, *, full: bool, precision: str) -> Tensor:
+    """The first k left singular vectors [..., m, k] of A, completed to orthonormal columns; all m if `full`."""
+    U = torch.linalg.svd(A.double(), full_matrices=full or k > min(A.shape[-2:])).U
+    return U if full else U[..., :k]
 
 
 def matmul(A: Tensor, B: Tensor) -> Tensor:

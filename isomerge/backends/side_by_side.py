@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from os import register_at_fork
+from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -21,8 +23,23 @@ ALIGNMENT = 64  # bytes: an AVX-512 register, and what torch's CPU allocator giv
 
 @lru_cache(maxsize=1)
 def _pool(workers: int) -> ThreadPoolExecutor:
-    # torch.set_num_threads is local to the calling thread, so every worker computes with one thread
-    return ThreadPoolExecutor(workers, thread_name_prefix="isomerge", initializer=torch.set_num_threads, initargs=(1,))
+    # torch.set_num_threads acts on the calling thread, but is also what threads started later begin with:
+    # start all workers now, then put the caller's number back
+    started = Barrier(workers + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="isomerge")
+    for _ in range(workers):
+        pool.submit(start)
+    started.wait()
+    torch.set_num_threads(workers)
+    return pool
+
+
+register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of the threads
 
 
 def _aligned(A: Tensor) -> Tensor:
@@ -41,7 +58,6 @@ def side_by_side(function: Callable[..., Result], *stacks: Tensor) -> list[Resul
     def call(matrices: tuple[Tensor, ...]) -> Result:
         return function(*map(_aligned, matrices))
 
-    # not inference mode, which a pool's threads do not inherit: the results must be ordinary tensors
     futures = [_pool(torch.get_num_threads()).submit(call, matrices) for matrices in calls]
     errors = [error for error in (future.exception() for future in futures) if error is not None]
     if errors:

@@ -81,7 +81,12 @@ def _iso_cts_flops(m: int, n: int, T: int) -> float:
 
 def _tsvm_flops(m: int, n: int, T: int) -> float:
     r = min(m, n)
-    return T * (m * n * r + 9.0 * r**3 + 2.0 * m * n * (r // T)) + _polar_flops(m, r) + _polar_flops(r, n) + 2.0 * m * n * r
+    return (
+        T * (m * n * r + 9.0 * r**3 + 2.0 * m * n * (r // T))
+        + _polar_flops(m, r)
+        + _polar_flops(r, n)
+        + 2.0 * m * n * r
+    )
 
 
 def _elementwise_flops(per_element: float) -> Callable[[int, int, int], float]:
@@ -93,8 +98,8 @@ def _spectral_floats(m: int, n: int, T: int) -> float:
     return 8.0 * m * n + 12.0 * r * r + 3.0 * (m + n) * r  # float64 copies of one matrix and its Gram, bases, factors
 
 
-def _elementwise_floats(per_delta: float) -> Callable[[int, int, int], float]:
-    return lambda m, n, T: (1.0 + per_delta * T) * m * n
+def _elementwise_floats(per_element: float) -> Callable[[int, int, int], float]:
+    return lambda m, n, T: per_element * m * n
 
 
 DENSITY = "share of the entries that is kept"
@@ -104,26 +109,26 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         for method in (
             Method(
                 "average", average, "Weight averaging", "Wortsman et al. 2022, arXiv 2203.05482", (),
-                True, True, False, _elementwise_flops(1), _elementwise_floats(0),
+                True, True, False, _elementwise_flops(1), _elementwise_floats(1),
             ),
             Method(
                 "task_arithmetic", task_arithmetic, "Task arithmetic", "Ilharco et al. 2023, arXiv 2212.04089", (),
-                True, True, False, _elementwise_flops(1), _elementwise_floats(0),
+                True, True, False, _elementwise_flops(1), _elementwise_floats(1),
             ),
             Method(
                 "ties", ties, "TIES-Merging", "Yadav et al. 2023, arXiv 2306.01708",
                 (Parameter("density", float, 0.2, 0.0, 1.0, f"{DENSITY}, the largest"),),
-                True, False, False, _elementwise_flops(12), _elementwise_floats(4),
+                True, False, False, _elementwise_flops(12), _elementwise_floats(9),
             ),
             Method(
                 "dare_linear", dare_linear, "DARE, linear", "Yu et al. 2024, arXiv 2311.03099",
                 (Parameter("density", float, 0.2, 1e-6, 1.0, f"{DENSITY}, at random"),),
-                True, False, True, _elementwise_flops(8), _elementwise_floats(3),
+                True, False, True, _elementwise_flops(8), _elementwise_floats(4),
             ),
             Method(
                 "dare_ties", dare_ties, "DARE, TIES", "Yu et al. 2024, arXiv 2311.03099",
                 (Parameter("density", float, 0.2, 1e-6, 1.0, f"{DENSITY}, at random"),),
-                True, False, True, _elementwise_flops(12), _elementwise_floats(4),
+                True, False, True, _elementwise_flops(12), _elementwise_floats(9),
             ),
             Method(
                 "tsvm", tsvm, "TSV-Merge", "Gargiulo et al. 2025, arXiv 2412.00081", (),
@@ -155,7 +160,9 @@ def check_parameters(method: str, parameters: Mapping[str, object]) -> dict[str,
     Raises InputError for an unknown method or parameter, a wrong type, and a value outside its range.
     """
     if method not in METHODS:
-        raise InputError(f"merge_method: unknown method {method!r}{suggestion(method, METHODS)}; known: {', '.join(METHODS)}")
+        raise InputError(
+            f"merge_method: unknown method {method!r}{suggestion(method, METHODS)}; known: {', '.join(METHODS)}"
+        )
     known = {parameter.name: parameter for parameter in METHODS[method].parameters}
     values = {name: parameter.default for name, parameter in known.items()}
     for name, value in parameters.items():

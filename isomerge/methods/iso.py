@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,36 +45,41 @@ def iso_cts(
     k, s = subspace_sizes(min(m, n), T, common_space_fraction)
     if s == 0:
         return iso_c(deltas, precision=precision, backend=backend)
-    how = {"precision": precision, "backend": backend}
+    polar = partial(ops.polar, precision=precision, backend=backend)
+    rsvd = partial(ops.rsvd, precision=precision, backend=backend)
+    matmul = partial(ops.matmul, backend=backend)
     summed = total(deltas)
-    rms = torch.linalg.vector_norm(deltas, dim=(-2, -1)) / math.sqrt(min(m, n))  # [..., T]
-    null = ops.RANK_RTOL * rms
+    null = ops.RANK_RTOL * torch.linalg.vector_norm(deltas, dim=(-2, -1)) / math.sqrt(min(m, n))  # [..., T]
     if m <= n:
-        basis = ops.subspace(summed, m, **how)  # [..., m, m], leading singular vectors first
+        basis = ops.subspace(summed, k, full=True, precision=precision, backend=backend)  # [..., m, m]
         U_c, complement = basis[..., :k], basis[..., k:]
-        rows = ops.matmul(U_c.mT, summed, backend=backend)  # diag(σ_c) V_c
+        rows = matmul(U_c.mT, summed)  # diag(σ_c) V_c
         S_c = torch.linalg.vector_norm(rows, dim=-1)
-        S_c = torch.where(S_c > ops.RANK_RTOL * S_c[..., :1], S_c, 0)
+        S_c = torch.where(S_c > ops.RANK_RTOL * S_c.amax(-1, keepdim=True), S_c, 0) if k else S_c
         V_c = rows * torch.where(S_c > 0, S_c.reciprocal(), 0).unsqueeze(-1)
-        U_c = U_c * (S_c > 0).unsqueeze(-2)
-        inside = ops.matmul(complement.mT.unsqueeze(-3), deltas, backend=backend)  # [..., T, m - k, n]
-        U_t, S_t, V_t = ops.rsvd(inside, s, atol=null, **how)
+        U_t, S_t, V_t = rsvd(matmul(complement.mT.unsqueeze(-3), deltas), s, atol=null)  # [..., T, m - k, s]
     else:
-        U_c, S_c, V_c = ops.rsvd(summed, k, **how)
-        complement = None
-        U_t, S_t, V_t = ops.rsvd(deltas, s, deflate=U_c.unsqueeze(-3), atol=null, **how)
-    kept = (S_t > 0).to(S_t.dtype)
-    task_left = torch.cat((U_t * kept.unsqueeze(-2)).unbind(-3), dim=-1)
-    task_left = ops.polar(task_left, **how).factor  # [..., m or m - k, T s]
-    if complement is not None:
-        task_left = ops.matmul(complement, task_left, backend=backend)
-    task_right = torch.cat((V_t * kept.unsqueeze(-1)).unbind(-3), dim=-2)
-    common_right = V_c * (S_c > 0).unsqueeze(-1)
-    right = ops.polar(torch.cat([task_right, common_right], dim=-2), **how).factor  # [..., r, n]
-    count = (S_c > 0).sum(-1) + (S_t > 0).sum((-2, -1))
-    mean = (S_c.sum(-1) + S_t.sum((-2, -1))) / count.clamp_min(1)
-    merged = ops.matmul(torch.cat([task_left, U_c], dim=-1), right, backend=backend)
-    return merged.mul_(mean[..., None, None])
+        U_c, S_c, V_c = rsvd(summed, k)
+        U_t, S_t, V_t = rsvd(deltas, s, deflate=U_c.unsqueeze(-3), atol=null)
+    task_left = polar(_beside(_without_null(U_t, S_t), dim=-1)).factor  # [..., m or m - k, T s]
+    if m <= n:
+        task_left = matmul(complement, task_left)
+    task_right = _beside(_without_null(V_t.mT, S_t).mT, dim=-2)  # [..., T s, n]
+    left = torch.cat([task_left, _without_null(U_c, S_c)], dim=-1)
+    right = torch.cat([task_right, _without_null(V_c.mT, S_c).mT], dim=-2)
+    S = torch.cat([S_t.flatten(-2), S_c], dim=-1)
+    mean = S.sum(-1) / (S > 0).sum(-1).clamp_min(1)
+    return matmul(left, polar(right).factor).mul_(mean[..., None, None])
+
+
+def _without_null(vectors: Tensor, S: Tensor) -> Tensor:
+    """The columns of vectors [..., m, k], zero where S [..., k] is."""
+    return vectors * (S > 0).unsqueeze(-2)
+
+
+def _beside(blocks: Tensor, dim: int) -> Tensor:
+    """The T blocks of [..., T, m, n], concatenated along one of the last two dimensions."""
+    return torch.cat(blocks.unbind(-3), dim=dim)
 
 
 def subspace_sizes(r: int, T: int, common_space_fraction: float) -> tuple[int, int]:

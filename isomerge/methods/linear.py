@@ -19,5 +19,5 @@ def average(deltas: Tensor) -> Tensor:
 
 
 def task_arithmetic(deltas: Tensor) -> Tensor:
-    """Σ_t Δ_t for deltas [..., T, m, n] (Ilharco et al. 2023, "Editing Models with Task Arithmetic"); a sum, no mean."""
+    """Σ_t Δ_t for deltas [..., T, m, n] (Ilharco et al. 2023, "Task Arithmetic"); a sum, no mean."""
     return total(deltas)

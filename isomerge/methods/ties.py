@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
-
-from isomerge.methods.linear import total
 
 
 def ties(deltas: Tensor, *, density: float = 0.2) -> Tensor:
@@ -19,7 +19,7 @@ def ties(deltas: Tensor, *, density: float = 0.2) -> Tensor:
 
     deltas [..., T, m, n], density in [0, 1]. Source: Yadav et al. 2023, "TIES-Merging", algorithm 1.
     """
-    return _merged_by_sign(_trimmed(deltas, density))
+    return _merged_by_sign(_trimmed(delta, density) for delta in deltas.unbind(-3))
 
 
 def dare_linear(deltas: Tensor, *, density: float = 0.2, seed: int = 0) -> Tensor:
@@ -27,7 +27,10 @@ def dare_linear(deltas: Tensor, *, density: float = 0.2, seed: int = 0) -> Tenso
 
     deltas [..., T, m, n], density in (0, 1]. Drawn on the CPU from `seed`, tasks in order: the same on every device.
     """
-    return total(_dropped(deltas, density, seed))
+    result = torch.zeros_like(deltas[..., 0, :, :])
+    for dropped in _dropped(deltas, density, seed):
+        result += dropped
+    return result
 
 
 def dare_ties(deltas: Tensor, *, density: float = 0.2, seed: int = 0) -> Tensor:
@@ -35,26 +38,36 @@ def dare_ties(deltas: Tensor, *, density: float = 0.2, seed: int = 0) -> Tensor:
     return _merged_by_sign(_dropped(deltas, density, seed))
 
 
-def _trimmed(deltas: Tensor, density: float) -> Tensor:
-    magnitudes = deltas.abs().flatten(-2)
-    entries = magnitudes.shape[-1]
+def _trimmed(delta: Tensor, density: float) -> Tensor:
+    magnitude = delta.abs()
+    entries = delta.shape[-2] * delta.shape[-1]
     kept = int(density * entries)
     if kept == 0:
-        return torch.zeros_like(deltas)
-    threshold = magnitudes.kthvalue(entries - kept + 1, dim=-1).values[..., None, None]
-    return torch.where(deltas.abs() >= threshold, deltas, 0)
+        return torch.zeros_like(delta)
+    threshold = magnitude.flatten(-2).kthvalue(entries - kept + 1, dim=-1).values[..., None, None]
+    return torch.where(magnitude >= threshold, delta, 0)
 
 
-def _dropped(deltas: Tensor, density: float, seed: int) -> Tensor:
+def _dropped(deltas: Tensor, density: float, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    kept = torch.rand(deltas.shape, generator=generator) < density
-    return torch.where(kept.to(deltas.device), deltas / density, 0)
+    for delta in deltas.unbind(-3):
+        kept = torch.rand(delta.shape, generator=generator) < density
+        yield torch.where(kept.to(delta.device), delta / density, 0)
 
 
-def _merged_by_sign(deltas: Tensor) -> Tensor:
-    signs = total(deltas).sign()
-    majority = signs.sum((-2, -1), keepdim=True).sign()
-    signs = torch.where(signs == 0, majority, signs).unsqueeze(-3)
-    agreeing = torch.where(deltas.sign() == signs, deltas, 0)
-    count = (agreeing != 0).sum(-3)
-    return total(agreeing).div_(count.clamp_min(1))
+def _merged_by_sign(deltas: Iterable[Tensor]) -> Tensor:
+    """Mean of the entries of the elected sign; one task at a time, so the memory does not grow with their number."""
+    sums: dict[int, Tensor] = {}
+    counts: dict[int, Tensor] = {}
+    for delta in deltas:
+        for sign in (1, -1):
+            part = (delta * sign).clamp_min_(0)
+            count = (part > 0).to(torch.int16)
+            sums[sign] = sums[sign].add_(part) if sign in sums else part
+            counts[sign] = counts[sign].add_(count) if sign in counts else count
+    elected = sums[1] - sums[-1]
+    positive, negative = (sums[sign].div_(counts[sign].clamp_min_(1)) for sign in (1, -1))
+    majority = elected.sign().sum((-2, -1), keepdim=True)
+    positive_wins = (elected > 0) | ((elected == 0) & (majority > 0))
+    negative_wins = (elected < 0) | ((elected == 0) & (majority < 0))
+    return torch.where(positive_wins, positive, torch.where(negative_wins, -negative, 0))

@@ -1,0 +1,288 @@
+"""The plan: a recipe and the headers of the checkpoints -> what will be done to each tensor, and what it costs.
+
+No tensor is read here, and every mistake that headers can show is an `InputError` here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, reduce
+from typing import TYPE_CHECKING
+
+import torch
+
+from isomerge import families, headers
+from isomerge.deltas import Group, Unit, cut, pieces
+from isomerge.errors import InputError
+from isomerge.families import Family, Kind
+from isomerge.methods import METHODS, check_parameters
+from isomerge.schedule import PROCESS_BYTES, Bound, Call, Step, costs, physical_bytes
+from isomerge.settings import Settings
+
+if TYPE_CHECKING:
+    from isomerge.checkpoint import Checkpoint, TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What happens to one tensor of the base; `call` is None where the base's values are kept."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    kind: Kind
+    call: Call | None
+    aliases: tuple[str, ...]  # further names under which the result is stored
+    rule: int | None
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def bytes_written(self) -> int:
+        return self.numel * self.out_dtype.itemsize * (1 + len(self.aliases))
+
+
+@dataclass(frozen=True, slots=True)
+class MethodTotals:
+    """What one method has to do."""
+
+    tensors: int
+    matrices: int
+    flops: float
+    bytes_read: int
+    bytes_written: int
+    shapes: Mapping[tuple[int, int], int]  # m x n -> matrices
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a merge will do, in order, and its costs in bytes and floating-point operations."""
+
+    settings: Settings
+    family: Family
+    assignments: tuple[Assignment, ...]  # in the order of the base file
+    steps: tuple[Step, ...]
+    bytes_read: int
+    warnings: tuple[str, ...]
+    _itemsizes: Mapping[str, int] = field(default_factory=dict, repr=False)  # bytes read per element, all models
+
+    @cached_property
+    def bytes_written(self) -> int:
+        return sum(a.bytes_written for a in self.assignments)
+
+    @cached_property
+    def matrices(self) -> int:
+        return sum(len(step.group.units) for step in self.steps if step.kind == "matrix")
+
+    @cached_property
+    def flops(self) -> float:
+        return sum(total.flops for total in self.by_method.values())
+
+    @cached_property
+    def by_method(self) -> dict[str, MethodTotals]:
+        """Totals per method, and under `keep` those of the tensors that are copied."""
+        experts = len(self.settings.models)
+        totals: dict[str, MethodTotals] = {}
+        for name in dict.fromkeys("keep" if a.call is None else a.call.method for a in self.assignments):
+            mine = [a for a in self.assignments if (a.call.method if a.call else "keep") == name]
+            steps = [s for s in self.steps if s.call.method == name]
+            shapes: dict[tuple[int, int], int] = {}
+            for s in steps:
+                if s.kind == "matrix":
+                    shape = s.group.m, s.group.n
+                    shapes[shape] = shapes.get(shape, 0) + len(s.group.units)
+            totals[name] = MethodTotals(
+                tensors=len(mine),
+                matrices=sum(shapes.values()),
+                flops=sum(METHODS[name].flops(s.group.m, s.group.n, experts) * len(s.group.units) for s in steps),
+                bytes_read=sum(a.numel * self._itemsizes[a.name] for a in mine),
+                bytes_written=sum(a.bytes_written for a in mine),
+                shapes=shapes,
+            )
+        return totals
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        """Estimated peak of resident memory: two groups in flight, the method's workspace, a tensor being read."""
+        return PROCESS_BYTES + max((self._step_bytes(step) for step in self.steps), default=0)
+
+    def _step_bytes(self, step: Step) -> int:
+        fixed, per_unit = costs(step, len(self.settings.models))
+        return fixed + per_unit * len(step.group.units)
+
+
+def build_plan(
+    settings: Settings, base: Checkpoint, experts: Sequence[Checkpoint], *, group_bytes: int | None = None
+) -> Plan:
+    """The plan of a merge from the headers of its checkpoints.
+
+    `group_bytes` bounds the deltas of one group, one unit at least; no result depends on it. Without it, a group
+    has a unit for every thread as far as the merge stays below the size of the base + 3 times the deltas of the
+    largest tensor + 500 MB, and below half of the machine's memory.
+    """
+    calls = _Calls(settings)
+    family = families.recognise({name: info.shape for name, info in base.tensors.items()})
+    assignments = [_assign(info, base, family, settings, calls) for info in base.tensors.values()]
+    merged = [a.name for a in assignments if a.call is not None]
+    headers.check_base_dtypes(base, merged)
+    buffers = [a.name for a in assignments if not a.dtype.is_floating_point]
+    by_rule = {a.name for a in assignments if a.rule is not None and settings.rules[a.rule].keep_base}
+    headers.check_buffers(base, experts, [name for name in buffers if name not in by_rule])
+    sources = headers.match(base, experts, merged, family)
+    dtypes = _dtypes(settings, base, experts, sources.names)
+    largest = max((base.tensors[name].numel * dtypes[name].itemsize for name in merged), default=0)
+    size = sum(info.nbytes for info in base.tensors.values())
+    bound = Bound(group_bytes, min(size + 3 * len(experts) * largest + 500_000_000, physical_bytes() // 2))
+    itemsizes = {a.name: _itemsize(a, base, experts, sources.names.get(a.name, ())) for a in assignments}
+    return Plan(
+        settings=settings,
+        family=family,
+        assignments=tuple(assignments),
+        steps=tuple(_steps(assignments, sources.names, dtypes, bound)),
+        bytes_read=sum(a.numel * itemsizes[a.name] for a in assignments),
+        warnings=(*_warnings(settings, assignments), *sources.warnings),
+        _itemsizes=itemsizes,
+    )
+
+
+def check_settings(settings: Settings) -> None:
+    """InputError when a method or a parameter of the recipe is unknown or out of range. Opens no file."""
+    _Calls(settings)
+
+
+class _Calls:
+    """The calls a recipe makes, checked once: per rule (None: no rule), for matrices and for all other tensors."""
+
+    def __init__(self, settings: Settings) -> None:
+        where = settings.source
+        self._matrix: dict[int | None, Call] = {
+            None: _call(settings.method, settings.parameters, settings.alpha, where)
+        }
+        for index, rule in enumerate(settings.rules):
+            method = rule.merge_method or settings.method
+            # The recipe's parameters belong to the recipe's method; another method starts from its own defaults.
+            inherited = settings.parameters if method == settings.method else {}
+            alpha = settings.alpha if rule.alpha is None else rule.alpha
+            self._matrix[index] = _call(method, {**inherited, **rule.parameters}, alpha, f"{where}: rules[{index}]")
+
+    def __call__(self, rule: int | None, kind: str) -> Call:
+        """Tensors that are not matrices are averaged where the method is one for matrices."""
+        call = self._matrix[rule]
+        if kind == "matrix" or METHODS[call.method].elementwise:
+            return call
+        return Call("average", check_parameters("average", {}), call.alpha)
+
+
+def _call(method: str, parameters: Mapping[str, object], alpha: float, where: str) -> Call:
+    try:
+        return Call(method, check_parameters(method, parameters), alpha)
+    except InputError as error:
+        raise InputError(f"{where}{'.' if where.endswith(']') else ': '}{error}") from None
+
+
+def _assign(info: TensorInfo, base: Checkpoint, family: Family, settings: Settings, calls: _Calls) -> Assignment:
+    rule = settings.rule_for(info.name)
+    kind = families.classify(info.name, info.shape, info.dtype, family, settings.scope)
+    call: Call | None = None
+    if rule is not None and settings.rules[rule].keep_base:
+        kind = Kind("keep")
+    if kind.kind != "keep":
+        method = METHODS[calls(rule, "matrix").method]
+        if method.elementwise:
+            kind = Kind("elementwise")
+        elif rule is not None and settings.rules[rule].merge_method is not None and len(info.shape) == 2:
+            kind = families.as_matrix(info.name, info.shape, family)  # asked for by name: embeddings and heads too
+        call = calls(rule, kind.kind)
+    floating = info.dtype.is_floating_point
+    return Assignment(
+        name=info.name,
+        shape=info.shape,
+        dtype=info.dtype,
+        out_dtype=settings.out_dtype if settings.out_dtype is not None and floating else info.dtype,
+        kind=kind,
+        call=call,
+        aliases=tuple(alias for alias, target in base.aliases.items() if target == info.name),
+        rule=rule,
+    )
+
+
+def _steps(
+    assignments: Iterable[Assignment],
+    sources: Mapping[str, tuple[str, ...]],
+    dtypes: Mapping[str, torch.dtype],
+    bound: Bound,
+) -> list[Step]:
+    """Equal-shaped units with the same call, gathered in the order of the base file and cut to the memory bound."""
+    gathered: dict[tuple[object, ...], tuple[Step, list[Unit]]] = {}
+    for a in assignments:
+        if a.call is None:
+            continue
+        dtype, experts = dtypes[a.name], len(sources[a.name])
+        for m, n, unit in _units(a, sources[a.name], experts):
+            key = (m, n, dtype, a.kind, a.call.method, a.call.alpha, tuple(sorted(a.call.parameters.items())))
+            empty = Step(Group(m, n, a.kind.transposed, dtype, ()), a.call, a.kind.kind)
+            gathered.setdefault(key, (empty, []))[1].append(unit)
+    return [
+        replace(step, group=replace(step.group, units=run))
+        for step, units in gathered.values()
+        for run in cut(units, bound.length(step, len(units[0].sources)))
+    ]
+
+
+def _dtypes(
+    settings: Settings, base: Checkpoint, experts: Sequence[Checkpoint], sources: Mapping[str, tuple[str, ...]]
+) -> dict[str, torch.dtype]:
+    """The arithmetic of each merged tensor: the recipe's, and float64 where an input is float64."""
+    return {
+        name: reduce(
+            torch.promote_types,
+            (e.tensors[source].dtype for e, source in zip(experts, found, strict=True)),
+            torch.promote_types(settings.dtype, base.tensors[name].dtype),
+        )
+        for name, found in sources.items()
+    }
+
+
+def _units(a: Assignment, sources: tuple[str, ...], experts: int) -> Iterable[tuple[int, int, Unit]]:
+    """(m, n, unit) of the units of one tensor."""
+    assert a.call is not None
+    if a.kind.kind == "matrix":
+        rows, columns = a.shape[-2:]
+        m, n = (columns, rows) if a.kind.transposed else (rows, columns)
+        if len(a.shape) == 2:
+            return [(m, n, Unit(a.name, sources, 0, m * n, True))]
+        return [(m, n, Unit(a.name, sources, i * m * n, m * n, False, i)) for i in range(a.kind.slices)]
+    if METHODS[a.call.method].chunkable:
+        runs = list(pieces(a.numel, experts))
+        return [(1, count, Unit(a.name, sources, start, count, len(runs) == 1)) for start, count in runs]
+    return [(1, a.numel, Unit(a.name, sources, 0, a.numel, True))]
+
+
+def _itemsize(a: Assignment, base: Checkpoint, experts: Sequence[Checkpoint], sources: Sequence[str]) -> int:
+    """Bytes read per element of a tensor, from all models."""
+    read = [e.tensors[name].dtype.itemsize for e, name in zip(experts, sources, strict=bool(sources))]
+    return base.tensors[a.name].dtype.itemsize + sum(read)
+
+
+def _warnings(settings: Settings, assignments: Sequence[Assignment]) -> Iterable[str]:
+    used = {a.rule for a in assignments}
+    for index, rule in enumerate(settings.rules):
+        if index not in used:
+            hidden = any(rule.matches(a.name) for a in assignments)
+            reason = "an earlier rule takes every tensor it matches" if hidden else "it matches no tensor"
+            yield f'{settings.source}: rules[{index}] ("{rule.filter}") has no effect: {reason}'
+    for index, model in enumerate(settings.models):
+        if model.statistics is not None:
+            yield f"{settings.source}: models[{index}].statistics is not used by {settings.method}"
+        if (
+            model.path is not None
+            and settings.base.path is not None
+            and model.path.resolve() == settings.base.path.resolve()
+        ):
+            yield f"{settings.source}: models[{index}] is the base itself: an expert whose delta is zero"
+    if all(a.call is None for a in assignments):
+        yield "no tensor is merged: the output will equal the base"

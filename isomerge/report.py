@@ -1,0 +1,209 @@
+"""What happened in a merge: a record as plain data, its JSON file, and the model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from isomerge.methods import METHODS
+from isomerge.settings import as_recipe, dtype_name
+
+if TYPE_CHECKING:
+    from isomerge.checkpoint import Checkpoint
+    from isomerge.plan import Plan
+
+
+@dataclass(slots=True)
+class TensorRecord:
+    """One tensor of the output. Norms are Frobenius norms; both are None where the base's values are kept."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    method: str | None
+    matrices: int = 0
+    delta_sum_norm: float | None = None  # of the sum of the experts' deltas
+    update_norm: float | None = None  # of alpha * update, what was added to the base
+    seconds: float = 0.0
+    nonfinite: dict[str, int] = field(default_factory=dict)  # expert -> entries left out of the merge
+
+
+@dataclass(slots=True)
+class Totals:
+    """Sums over the merge; times in seconds, memory and data in bytes."""
+
+    seconds: float = 0.0
+    read_seconds: float = 0.0  # in the reading thread, beside the computation
+    compute_seconds: float = 0.0
+    write_seconds: float = 0.0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    tensors: int = 0
+    matrices: int = 0
+    flops: float = 0.0
+    planned_peak_bytes: int = 0
+    peak_bytes: int | None = None  # of the whole process so far; None where the system does not tell
+
+
+@dataclass(slots=True)
+class Report:
+    """The record of one merge."""
+
+    versions: Mapping[str, str]
+    machine: Mapping[str, str | int]
+    base: Mapping[str, object]
+    experts: Sequence[Mapping[str, object]]
+    family: str
+    settings: Mapping[str, object]
+    tensors: list[TensorRecord]
+    totals: Totals
+    warnings: list[str]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def new_report(plan: Plan, base: Checkpoint, experts: Sequence[Checkpoint], version: str) -> Report:
+    """The report of a merge that is about to start: everything but the numbers."""
+    settings = plan.settings
+    return Report(
+        versions={"isomerge": version, "torch": torch.__version__, "python": platform.python_version()},
+        machine={
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpus": os.cpu_count() or 1,
+            "threads": torch.get_num_threads(),
+        },
+        base={"model": settings.base.name, "digest": base.digest},
+        experts=[
+            {"model": model.name, "weight": model.weight, "digest": expert.digest}
+            for model, expert in zip(settings.models, experts, strict=True)
+        ],
+        family=plan.family.name,
+        settings=as_recipe(settings),
+        tensors=[
+            TensorRecord(a.name, a.shape, a.kind.kind, a.call.method if a.call else None, a.kind.slices)
+            for a in plan.assignments
+        ],
+        totals=Totals(
+            tensors=len(plan.assignments),
+            matrices=plan.matrices,
+            flops=plan.flops,
+            planned_peak_bytes=plan.peak_bytes,
+        ),
+        warnings=list(plan.warnings),
+    )
+
+
+def peak_rss() -> int | None:
+    """The largest resident memory of this process so far, in bytes; None where the system does not tell.
+
+    Linux's own file comes first: getrusage there starts from the peak of the process that launched this one.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) * 1024
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
+
+
+def model_card(plan: Plan, report: Report, library: str) -> str:
+    """README.md of the output: the front matter that model hubs read, and what was done. No times, no machine."""
+    settings = plan.settings
+    method = METHODS[settings.method]
+    names = list(dict.fromkeys([settings.base.name, *(model.name for model in settings.models)]))
+    lines = ["---", "base_model:", *(f"- {json.dumps(name, ensure_ascii=False)}" for name in names)]
+    lines += [f"library_name: {library}", "tags:", "- merge", "- isomerge", "---", "", "# Merged model", ""]
+    lines += [
+        f"{len(settings.models)} fine-tuned models merged into their base `{settings.base.name}` with {method.title} "
+        f"(`{method.name}`, {method.paper}), alpha {settings.alpha:g}, by isomerge {report.versions['isomerge']}.",
+        "",
+        "| expert | weight |",
+        "|---|---|",
+        *(f"| `{model.name}` | {model.weight:g} |" for model in settings.models),
+        "",
+        "| method | tensors | matrices | parameters | alpha |",
+        "|---|---|---|---|---|",
+        *_method_rows(plan),
+        "",
+        "`isomerge_recipe.yaml` is the recipe and `isomerge_report.json` the record of every tensor.",
+    ]
+    papers = {METHODS[name].paper for name in plan.by_method if name in METHODS and METHODS[name].paper}
+    lines += ["", "## References", "", *(f"- {paper}" for paper in sorted(papers))] if papers else []
+    lines += ["", "## Warnings", "", *(f"- {warning}" for warning in report.warnings)] if report.warnings else []
+    return "\n".join(lines) + "\n"
+
+
+def _method_rows(plan: Plan) -> list[str]:
+    """A row per distinct call, in the order of the base file."""
+    rows: dict[tuple[str, str, str], list[int]] = {}
+    for a in plan.assignments:
+        if a.call is None:
+            key = ("kept from the base", "", "")
+        else:
+            parameters = ", ".join(f"{name}={value}" for name, value in a.call.parameters.items())
+            key = (a.call.method, parameters, f"{a.call.alpha:g}")
+        count = rows.setdefault(key, [0, 0])
+        count[0] += 1
+        count[1] += a.kind.slices
+    return [
+        f"| {method} | {tensors} | {matrices} | {parameters} | {alpha} |"
+        for (method, parameters, alpha), (tensors, matrices) in rows.items()
+    ]
+
+
+def plan_data(plan: Plan, tensors: bool) -> dict[str, object]:
+    """The plan as plain data, with one entry per tensor when `tensors`."""
+    data: dict[str, object] = {
+        "settings": as_recipe(plan.settings),
+        "family": plan.family.name,
+        "methods": {
+            name: {
+                "tensors": total.tensors,
+                "matrices": total.matrices,
+                "shapes": [{"m": m, "n": n, "matrices": count} for (m, n), count in total.shapes.items()],
+                "flops": total.flops,
+                "bytes_read": total.bytes_read,
+                "bytes_written": total.bytes_written,
+            }
+            for name, total in plan.by_method.items()
+        },
+        "tensors": len(plan.assignments),
+        "matrices": plan.matrices,
+        "flops": plan.flops,
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "peak_bytes": plan.peak_bytes,
+        "disk_bytes": plan.bytes_written,
+        "warnings": list(plan.warnings),
+    }
+    if tensors:
+        data["assignments"] = [
+            {
+                "name": a.name,
+                "shape": list(a.shape),
+                "dtype": dtype_name(a.dtype),
+                "out_dtype": dtype_name(a.out_dtype),
+                "kind": a.kind.kind,
+                "matrices": a.kind.slices,
+                "transposed": a.kind.transposed,
+                "method": a.call.method if a.call else None,
+                "parameters": dict(a.call.parameters) if a.call else {},
+                "alpha": a.call.alpha if a.call else None,
+            }
+            for a in plan.assignments
+        ]
+    return data
