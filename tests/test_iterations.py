@@ -1,0 +1,56 @@
+"""The iterative algorithms over plain torch primitives."""
+
+from __future__ import annotations
+
+import torch
+from spectra import orthonormal as random_orthonormal
+from spectra import projector, relative
+
+from isomerge.backends.iterations import block_krylov, orthonormal
+
+
+def operator(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A symmetric matrix with these eigenvalues, and its eigenvectors."""
+    V = random_orthonormal(len(values), len(values), 4)
+    return (V * values) @ V.mT, V
+
+
+def test_orthonormal_of_nearly_dependent_columns() -> None:
+    X = torch.randn(200, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    X[:, 1] = X[:, 0] + 1e-7 * X[:, 1]
+    Q = orthonormal(X)
+    torch.testing.assert_close(Q.mT @ Q, torch.eye(12, dtype=Q.dtype), rtol=0, atol=1e-12)
+    assert relative(Q @ (Q.mT @ X), X) < 1e-12
+
+
+def test_block_krylov_resolves_a_flat_spectrum_where_power_iteration_does_not() -> None:
+    values = torch.linspace(1, 0.5, 400, dtype=torch.float64)
+    G, V = operator(values)
+    exact = projector(V[:, :6])
+    calls = []
+
+    def apply(X: torch.Tensor) -> torch.Tensor:
+        calls.append(X.shape[1])
+        return G @ X
+
+    Q = block_krylov(apply, 400, 6, like=G, tol=1e-9, seed=0)
+    assert relative(projector(Q), exact) < 1e-5
+    power = torch.randn(400, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for _ in calls:
+        power = orthonormal(G @ power)
+    assert relative(projector(power), exact) > 0.1
+
+
+def test_block_krylov_of_float32_stops_at_its_own_precision() -> None:
+    G, V = operator(torch.logspace(0, -2, 300, dtype=torch.float64))
+    G32 = G.float()
+    Q = block_krylov(lambda X: G32 @ X, 300, 4, like=G32, tol=0.0, seed=0)
+    assert relative(projector(Q), projector(V[:, :4])) < 1e-5
+
+
+def test_block_krylov_of_low_rank_and_zero_operators() -> None:
+    G, V = operator(torch.cat([torch.ones(3), torch.zeros(97)]).double())
+    Q = block_krylov(lambda X: G @ X, 100, 3, like=G, tol=1e-9, seed=0)
+    assert relative(projector(Q), projector(V[:, :3])) < 1e-9
+    Q = block_krylov(lambda X: 0 * X, 100, 5, like=G, tol=1e-9, seed=0)
+    torch.testing.assert_close(Q.mT @ Q, torch.eye(5, dtype=Q.dtype), rtol=0, atol=1e-10)
