@@ -269,7 +269,7 @@ def test_parameters_get_defaults_and_checks() -> None:
     ("method", "parameters", "message"),
     [
         ("isoc", {}, r"unknown method 'isoc' \(did you mean iso_c\?\); known: average, "),
-        ("iso_cts", {"common_space_fracton": 0.8}, r"unknown parameter of iso_cts \(did you mean common_space_fraction\?\)"),
+        ("iso_cts", {"common_space_fracton": 0.8}, r"of iso_cts \(did you mean common_space_fraction\?\)"),
         ("iso_c", {"density": 0.8}, "unknown parameter of iso_c; expected one of: alpha"),
         ("iso_cts", {"common_space_fraction": 1.2}, "expected a value from 0 to 1, got 1.2"),
         ("iso_cts", {"common_space_fraction": float("nan")}, "expected a value from 0 to 1, got nan"),
