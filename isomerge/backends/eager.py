@@ -23,6 +23,10 @@ KRYLOV_MIN_SIDE, KRYLOV_MAX_SHARE = 1536, 1 / 48
 """Block Krylov answers when r >= the first and k/r <= the second; below, one dense eigensolve is faster."""
 
 
+DOUBTFUL = 1e-4
+"""Singular values below this share of the first are computed in float64: the null threshold is near float32 noise."""
+
+
 def polar(A: Tensor, *, rtol: float, precision: str) -> tuple[Tensor, Tensor, Tensor]:
     """Polar factor B G^(-1/2), G = BᵀB, over the numerical rank, by one symmetric eigensolve of the small side."""
     batch = A.shape[:-2]
@@ -133,22 +137,25 @@ def _rsvd(
     wide = m <= n
     B = A.mT if wide else A
     r = B.shape[1]
+    if precision == "exact":
+        B, Q = B.double(), Q.double()
     if r >= KRYLOV_MIN_SIDE and k <= KRYLOV_MAX_SHARE * r:
         V = block_krylov(lambda X: _deflated_gram_apply(B, Q, wide, X), r, k, like=B, tol=tol, seed=seed)
     else:
-        V = dominant(lambda dtype: _deflated_gram(B.to(dtype), Q.to(dtype), wide), r, k, A.dtype, precision)[:, :k]
-    work = torch.float64 if precision == "exact" else A.dtype
-    V = V.to(work)
-    Y = B.to(work) @ V  # [p, k]
+        V = dominant(lambda dtype: _deflated_gram(B.to(dtype), Q.to(dtype), wide), r, k, B.dtype, precision)[:, :k]
+    V = V.to(B.dtype)
+    Y = B @ V  # [p, k]
     if not wide:
-        Y -= Q.to(work) @ (Q.mT.to(work) @ Y)
+        Y -= Q @ (Q.mT @ Y)
     # Rayleigh-Ritz: whatever basis of the subspace V is, its rotation by the SVD of Y gives the triplets
     squares, W = torch.linalg.eigh(gram(Y.double()))
     squares, W = squares.flip(0), W.flip(1)
     S = squares.clamp_min(0).sqrt()
+    if B.dtype == torch.float32 and bool((S[-1:] < DOUBTFUL * S[:1]).any()):
+        return _rsvd(A, k, Q, rtol, atol, tol, seed, "exact")
     S = torch.where((S > rtol * S[:1]) & (S > atol), S, 0)
     inverse = torch.where(S > 0, S.reciprocal(), 0)
-    small, large = V @ W.to(work), Y @ (W * inverse).to(work)
+    small, large = V @ W.to(V.dtype), Y @ (W * inverse).to(Y.dtype)
     U, Vh = (small, large.mT) if wide else (large, small.mT)
     return U.to(A.dtype), S, Vh.to(A.dtype)
 

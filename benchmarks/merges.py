@@ -1,0 +1,180 @@
+"""Whole merges against the papers' computation: `python benchmarks/merges.py [methods] [models] [memory]`.
+
+methods  one ViT-B/32 block (synthetic deltas), T = 8 and 20: time and error of both, interleaved in this process
+models   the real experts of the demo (run `make demo` first): the same on every matrix of the model
+memory   peak resident memory of `isomerge merge` on a base and eight experts on disk, and of holding all in memory
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import measure
+import papers
+import torch
+from deltas import VIT_B32, synthetic
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from isomerge import methods
+from isomerge.checkpoint import open_checkpoint
+from isomerge.families import classify, recognise
+
+LAYERS = 2  # matrices of a shape that are merged together, as `isomerge merge` does on two cores
+COLUMNS = ("T", "matrix", "method", "papers s", "isomerge s", "ratio", "papers error", "isomerge error")
+
+
+def update(name: str) -> Callable[[Tensor], Tensor]:
+    function: Callable[[Tensor], Tensor] = getattr(methods, name)
+    return function
+
+
+def compare(stack: Tensor, name: str, rounds: int) -> dict[str, float]:
+    """Seconds per matrix and worst error of both on deltas [L, T, m, n]; the answer is checked."""
+    run = {
+        "papers": lambda: torch.stack([papers.METHODS[name](d) for d in stack]),
+        "isomerge": lambda: update(name)(stack),
+    }
+    run["isomerge"]()
+    times, results = measure.interleaved(run, rounds)
+    exact = papers.METHODS[name](stack[0].double())
+    errors = {who: measure.error(result[0], exact) for who, result in results.items()}
+    assert errors["isomerge"] <= max(2 * errors["papers"], 1e-4), (name, tuple(stack.shape), errors)
+    return {
+        **{f"{who} s": value / len(stack) for who, value in times.items()},
+        **{f"{who} error": value for who, value in errors.items()},
+    }
+
+
+def row(T: int, matrix: str, method: str, got: dict[str, float]) -> list[object]:
+    ratio = f"{got['papers s'] / got['isomerge s']:.1f}"
+    errors = [f"{got[f'{who} error']:.1e}" if f"{who} error" in got else "" for who in ("papers", "isomerge")]
+    return [T, matrix, method, f"{got['papers s']:.3f}", f"{got['isomerge s']:.3f}", ratio, *errors]
+
+
+def run_methods(rounds: int) -> None:
+    rows, data = [], []
+    for T in (8, 20):
+        for method in papers.METHODS:
+            totals = {"papers s": 0.0, "isomerge s": 0.0}
+            for matrix, shape in VIT_B32.items():
+                stack = torch.stack([synthetic(T, *shape, seed=layer + 1) for layer in range(LAYERS)])
+                got = compare(stack, method, rounds)
+                rows.append(row(T, f"{matrix} {shape[0]}x{shape[1]}", method, got))
+                data.append({"T": T, "matrix": matrix, "method": method, **got})
+                totals = {key: totals[key] + got[key] for key in totals}
+                print(*rows[-1], flush=True)
+            rows.append(row(T, "**whole block**", method, totals))
+            print(*rows[-1], flush=True)
+    title = f"One ViT-B/32 block, seconds per matrix, median of {rounds} interleaved rounds"
+    print(measure.save("methods-cpu", title, [measure.table(COLUMNS, rows)], {"rows": data}))
+
+
+def run_models(rounds: int, folder: Path) -> None:
+    base, *experts = (open_checkpoint(path) for path in [folder / "base", *sorted((folder / "experts").iterdir())])
+    family = recognise({name: info.shape for name, info in base.tensors.items()})
+    by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+    for name, info in base.tensors.items():
+        if classify(name, info.shape, info.dtype, family, "default").kind == "matrix":
+            weight = base.read(name).float()
+            by_shape.setdefault(info.shape, []).append(torch.stack([e.read(name).float() - weight for e in experts]))
+    rows, data = [], []
+    for method in papers.METHODS:
+        totals = {"papers s": 0.0, "isomerge s": 0.0}
+        for shape, layers in by_shape.items():
+            stack = torch.stack(layers)
+            got = compare(stack, method, rounds)
+            rows.append(row(len(experts), f"{shape[0]}x{shape[1]}, {len(layers)} of them", method, got))
+            data.append({"T": len(experts), "shape": shape, "matrices": len(layers), "method": method, **got})
+            totals = {key: totals[key] + got[key] * len(layers) for key in totals}
+        rows.append(row(len(experts), "**whole model**", method, totals))
+        print(*rows[-1], flush=True)
+    title = f"The demo's {len(experts)} experts of MiniLM-L6, seconds per matrix, median of {rounds} interleaved rounds"
+    print(measure.save("models-cpu", title, [measure.table(COLUMNS, rows)], {"rows": data}))
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+EXPERTS = 8
+
+
+def write_vit_b32(folder: Path) -> None:
+    """A ViT-B/32 visual tower and eight experts of it, bfloat16, 175 MB each."""
+    shapes = {f"model.visual.blocks.{i}.{name}.weight": shape for i in range(12) for name, shape in VIT_B32.items()}
+    shapes["model.visual.conv1.weight"] = (768, 3, 32, 32)
+    generator = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(shape, generator=generator).mul_(0.02) for name, shape in shapes.items()}
+    save_file({name: weight.bfloat16() for name, weight in base.items()}, folder / "base.safetensors")
+    for t in range(EXPERTS):
+        tuned = {name: (w + 1e-3 * torch.randn(w.shape, generator=generator)).bfloat16() for name, w in base.items()}
+        save_file(tuned, folder / f"expert{t}.safetensors")
+
+
+def peak_of(command: list[str]) -> int:
+    """Peak resident bytes of a command, by the operating system's account of it."""
+    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n"
+    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+
+
+def hold_all(folder: Path) -> None:
+    """What the papers' code holds while it merges: every model and every task vector, in float32."""
+    base = {name: weight.float() for name, weight in load_file(folder / "base.safetensors").items()}
+    vectors = []
+    for t in range(EXPERTS):
+        tuned = load_file(folder / f"expert{t}.safetensors")
+        vectors.append({name: tuned[name].float() - weight for name, weight in base.items()})
+    merged = {name: weight + sum(vector[name] for vector in vectors) for name, weight in base.items()}
+    print(len(merged), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def run_memory() -> None:
+    rows, data = [], {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_vit_b32(folder)
+        size = (folder / "base.safetensors").stat().st_size
+        largest = EXPERTS * 3072 * 768 * 4
+        bound = size + 3 * largest + 500_000_000
+        for method in methods.METHODS:
+            models = "".join(f"  - model: expert{t}.safetensors\n" for t in range(EXPERTS))
+            recipe = folder / f"{method}.yaml"
+            recipe.write_text(f"merge_method: {method}\nbase_model: base.safetensors\nmodels:\n{models}")
+            command = [sys.executable, "-m", "isomerge.cli", "merge", "--quiet", str(recipe), str(folder / method)]
+            elapsed, peak = measure.seconds(lambda command=command: peak_of(command))
+            assert peak <= bound, (method, peak, bound)
+            rows.append([method, f"{peak / 1e6:.0f}", f"{bound / 1e6:.0f}", f"{elapsed:.1f}"])
+            data[method] = {"peak bytes": peak, "bound bytes": bound, "seconds": elapsed}
+            print(*rows[-1], flush=True)
+        code = f"import merges; from pathlib import Path; merges.hold_all(Path({str(folder)!r}))"
+        here = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+        peak = peak_of([sys.executable, "-c", here + code])
+        rows.append(["all models in memory", f"{peak / 1e6:.0f}", "", ""])
+        data["all models in memory"] = {"peak bytes": peak}
+    title = "Peak memory of merging 8 bfloat16 experts of ViT-B/32 (175 MB each) from disk"
+    header = ("method", "peak MB", "bound MB: base + 3 x largest group + 500", "seconds, start-up included")
+    print(measure.save("memory-cpu", title, [measure.table(header, rows)], {"rows": data}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["methods", "models", "memory"], metavar="WHAT")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--models", type=Path, default=Path(".demo/models"), help="folder with base/ and experts/")
+    arguments = parser.parse_args()
+    for what in arguments.what:
+        if what == "methods":
+            run_methods(arguments.rounds)
+        elif what == "memory":
+            run_memory()
+        elif arguments.models.exists():
+            run_models(arguments.rounds, arguments.models)
+        else:
+            print(f"{arguments.models}: does not exist; run `make demo` first, or give --models FOLDER")
