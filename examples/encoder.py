@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,12 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 MAX_TOKENS = 32  # most of the texts are sentences; reading further costs more time than it adds accuracy
 LOGIT_SCALE = 20.0  # cosines of sentence embeddings lie close together, as in CLIP
 EMBED_BATCH = 64
-WEIGHTS = "model.safetensors"
 
 
 def _has_fast_bfloat16() -> bool:
@@ -64,12 +63,10 @@ def load_encoder(folder: Path) -> nn.Module:
 
 
 def save_expert(model: nn.Module, base: Path, folder: Path) -> None:
-    """Writes `model` as a Hugging Face folder with the base's tensor names, config and tokenizer."""
-    tensors = load_file(base / WEIGHTS) | {name: value.contiguous() for name, value in model.state_dict().items()}
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-        (folder / name).write_bytes((base / name).read_bytes())
+    """Writes `model` as a Hugging Face folder, with the base's tokenizer."""
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        shutil.copyfile(base / name, folder / name)
 
 
 def tokenise(folder: Path, texts: Sequence[str]) -> Ids:

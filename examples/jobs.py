@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from encoder import (
     FAST_BFLOAT16,
     MAX_TOKENS,
-    WEIGHTS,
     Ids,
     Training,
     embed,
@@ -37,6 +36,8 @@ from sources import BASE
 from splits import Labelled, Task
 
 torch.set_num_threads(1)
+
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ def summarise(runs: Sequence[Mapping[str, Hits]], experts: str, reference: str, 
         marks = np.array([[run[model][task] for model in models] for run in runs], dtype=np.float32)
         texts = marks.shape[-1]
         counts = rng.multinomial(texts, np.full(texts, 1 / texts), size=REPLICATES).astype(np.float32)
-        observed[:, :, position] = marks.mean(axis=-1)
+        observed[:, :, position] = marks.mean(axis=-1, dtype=np.float64)
         resampled[:, :, position] = marks @ counts.T / texts
     expert, rival = models.index(experts), models.index(reference)
     normalised = (observed / observed[:, [expert]]).mean(axis=2)  # [runs, models]

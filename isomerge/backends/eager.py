@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from isomerge.backends.eigen import TOLERANCE, decoupled, dominant, gram, noise, unresolved
+from isomerge.backends.eigen import TOLERANCE, decoupled, gram, leading, noise, split_basis, unresolved
 from isomerge.backends.iterations import block_krylov
 from isomerge.backends.side_by_side import side_by_side
 
@@ -56,10 +56,10 @@ def subspace(A: Tensor, k: int, *, full: bool, precision: str) -> Tensor:
     columns = m if full else k
 
     def one(A: Tensor) -> Tensor:
+        if m <= n and full:
+            return split_basis(gram(A.mT.double()), k, A.dtype, precision).to(A.dtype)
         if m <= n:
-            return dominant(lambda dtype: (gram(A.mT.to(dtype)), 1.0), m, k, A.dtype, precision)[:, :columns].to(
-                A.dtype
-            )
+            return leading(lambda dtype: (gram(A.mT.to(dtype)), 1.0), m, k, A.dtype, precision)[0].to(A.dtype)
         U, S, _ = _rsvd(A, min(k, n), A.new_zeros(m, 0), 0.0, A.new_zeros(()), 1e-6, 0, precision)
         U = U[:, S > m * torch.finfo(A.dtype).eps * S[:1]]
         return torch.cat([U, torch.linalg.qr(U, mode="complete").Q[:, U.shape[1] : columns]], dim=1)
@@ -139,23 +139,33 @@ def _rsvd(
     r = B.shape[1]
     if precision == "exact":
         B, Q = B.double(), Q.double()
+    eigenvectors = False
     if r >= KRYLOV_MIN_SIDE and k <= KRYLOV_MAX_SHARE * r:
         V = block_krylov(lambda X: _deflated_gram_apply(B, Q, wide, X), r, k, like=B, tol=tol, seed=seed)
     else:
-        V = dominant(lambda dtype: _deflated_gram(B.to(dtype), Q.to(dtype), wide), r, k, B.dtype, precision)[:, :k]
+        V, eigenvectors = leading(
+            lambda dtype: _deflated_gram(B.to(dtype), Q.to(dtype), wide), r, k, B.dtype, precision
+        )
+    if eigenvectors:
+        B, Q = B.double(), Q.double()
     V = V.to(B.dtype)
     Y = B @ V  # [p, k]
     if not wide:
         Y -= Q @ (Q.mT @ Y)
-    # Rayleigh-Ritz: whatever basis of the subspace V is, its rotation by the SVD of Y gives the triplets
-    squares, W = torch.linalg.eigh(gram(Y.double()))
-    squares, W = squares.flip(0), W.flip(1)
+    if eigenvectors:
+        squares, W = torch.linalg.vector_norm(Y, dim=0).square(), None
+    else:  # Rayleigh-Ritz: whatever basis of the subspace V is, its rotation by the SVD of Y gives the triplets
+        squares, W = torch.linalg.eigh(gram(Y.double()))
+        squares, W = squares.flip(0), W.flip(1)
     S = squares.clamp_min(0).sqrt()
     if B.dtype == torch.float32 and bool((S[-1:] < DOUBTFUL * S[:1]).any()):
         return _rsvd(A, k, Q, rtol, atol, tol, seed, "exact")
     S = torch.where((S > rtol * S[:1]) & (S > atol), S, 0)
     inverse = torch.where(S > 0, S.reciprocal(), 0)
-    small, large = V @ W.to(V.dtype), Y @ (W * inverse).to(Y.dtype)
+    if W is None:
+        small, large = V, Y * inverse.to(Y.dtype)
+    else:
+        small, large = V @ W.to(V.dtype), Y @ (W * inverse).to(Y.dtype)
     U, Vh = (small, large.mT) if wide else (large, small.mT)
     return U.to(A.dtype), S, Vh.to(A.dtype)
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from isomerge.backends.iterations import chebyshev_subspace
+
 TOLERANCE = {"fast": 1e-2, "default": 3e-5, "exact": 1e-8}
 """Accepted error bound by precision, for one step. A method makes up to four; "default" must stay under 1e-4 in all."""
 
@@ -25,6 +27,12 @@ GRAM_ERROR = 0.2
 
 FIRST_ORDER = 3e-3
 """Largest mixing that one first-order correction brings down to its square."""
+
+SUBSPACE_SHARE = 1 / 3
+"""Of the tolerance, for a subspace: polar factors of concatenated subspaces amplify their errors."""
+
+FILTER_MIN_SIDE, FILTER_MAX_SHARE = 512, 1 / 24
+"""The filtered iteration is asked when r >= the first and k/r <= the second; beyond, an eigensolve is faster."""
 
 BLOCK = 128
 """Columns per block of a triangular Gram product: 0.64x of the full product at 3072 x 768, least of 96 to 384."""
@@ -95,32 +103,68 @@ def decoupled(apply: Callable[[Tensor], Tensor], values: Tensor, block: Tensor, 
     return torch.linalg.solve_triangular(L, X.mT, upper=False).mT, rest
 
 
-def dominant(
-    gram_in: Callable[[torch.dtype], tuple[Tensor, float]], r: int, k: int, dtype: torch.dtype, precision: str
-) -> Tensor:
-    """Orthonormal eigenvectors [r, r], descending, whose first k span the dominant eigenspace within the precision.
+GramIn = Callable[[torch.dtype], tuple[Tensor, float]]
+"""The Gram computed in a given dtype, and its rounding error in units of that of a plain product: deflation cancels."""
 
-    gram_in: the Gram computed in a given dtype, and its rounding error in units of eps * lambda_1 relative to that of
-    a plain product (deflation cancels, so it is larger there); dtype: of the matrix whose Gram it is.
+
+def leading(gram_in: GramIn, r: int, k: int, dtype: torch.dtype, precision: str) -> tuple[Tensor, bool]:
+    """Orthonormal basis [r, k] of the dominant eigenspace, and whether its columns are eigenvectors in float64.
+
+    dtype: that of the matrix whose Gram it is. Few directions come from a filtered subspace iteration, up to half from
+    a float32 eigensolve, corrected where the mixing at the k-th eigenvalue asks for it, more from a float64 one.
+    """
+    if dtype == torch.float32 and precision != "exact" and 2 * k <= r:
+        tolerance = SUBSPACE_SHARE * TOLERANCE[precision]
+        G, inflation = gram_in(torch.float32)
+        product = noise(dtype, GRAM_ERROR * inflation)
+        if r >= FILTER_MIN_SIDE and k <= FILTER_MAX_SHARE * r:
+            X = chebyshev_subspace(G, k, tol=tolerance, noise=product)
+            if X is not None:
+                return X, False
+        values, V = torch.linalg.eigh(G)
+        total = product + noise(dtype)
+        if mixing(values, k, total) <= tolerance:
+            return V[:, -k:].flip(1), False
+        size = k + max(8, k // 3)  # columns in which the k-th eigenvalue is well inside
+        if 2 * size <= r and mixing(values, k, total) <= FIRST_ORDER:
+            exact = mixing(values, k, product) > tolerance
+            return _corrected(gram_in(torch.float64)[0] if exact else G, values, V, k, size), False
+    return torch.linalg.eigh(gram_in(torch.float64)[0]).eigenvectors[:, r - k :].flip(1), True
+
+
+def _corrected(G: Tensor, values: Tensor, V: Tensor, k: int, size: int) -> Tensor:
+    """The k leading eigenvectors in float64 from a float32 eigensolve (ascending): far ones enter to first order,
+    as in `decoupled`, near ones by Rayleigh-Ritz in `size` dimensions."""
+    split = V.shape[0] - size
+    X, rest = V[:, split:].double(), V[:, :split]
+    GX = G.double() @ X
+    theta = (X * GX).sum(0)
+    H = (rest.mT @ (GX - X * theta).float()).double() / (theta[None, :] - values[:split, None].double())
+    turn = rest @ torch.where(H.abs() <= 0.01, H, 0).float()
+    X, GX = X + turn, GX + G.float() @ turn
+    L = torch.linalg.cholesky(X.mT @ X)
+    inside = torch.linalg.solve_triangular(L, X.mT @ GX, upper=False)
+    W = torch.linalg.eigh(torch.linalg.solve_triangular(L, inside.mT, upper=False)).eigenvectors[:, -k:]
+    return X @ torch.linalg.solve_triangular(L.mT, W, upper=True).flip(1)
+
+
+def split_basis(G: Tensor, k: int, dtype: torch.dtype, precision: str) -> Tensor:
+    """Orthonormal basis [r, r] whose first k columns span the dominant eigenspace of G, the others its complement.
+
+    G in float64, of a matrix in `dtype`. A float32 eigensolve, of which the smaller part is decoupled in float64.
     """
     if dtype == torch.float32 and precision != "exact":
-        tolerance = TOLERANCE[precision] / 3  # polar factors of concatenated subspaces amplify their errors
-        lower_half = 2 * k > r
-        # far down the spectrum only a float64 Gram resolves the k-th eigenvalue
-        G, inflation = gram_in(torch.float64 if lower_half else torch.float32)
         values, V = torch.linalg.eigh(G.float())
-        plain, product = noise(dtype, EIGH_ERROR), noise(G.dtype, GRAM_ERROR * inflation)
-        if mixing(values, k, plain + product) <= tolerance:
+        error = mixing(values, k, noise(dtype))
+        if error <= SUBSPACE_SHARE * TOLERANCE[precision]:
             return V.flip(1)
+        r = G.shape[0]
         share = min(k, r - k)
-        size = share + max(8, share // 3)  # the block holds the k-th eigenvalue well inside
-        if 2 * size <= r and mixing(values, k, plain + product) <= FIRST_ORDER:
-            if mixing(values, k, product) > tolerance:
-                G, _ = gram_in(torch.float64)
-            G = G.double()
-            split = size if lower_half else r - size
-            block, rest = (V[:, :split], V[:, split:]) if lower_half else (V[:, split:], V[:, :split])
-            X, rest = decoupled(lambda X: G @ X, values[split:] if lower_half else values[:split], block, rest)
+        size = share + max(8, share // 3)
+        if 2 * size <= r and error <= FIRST_ORDER:
+            low = 2 * k > r  # the smaller part is at the lower end
+            block, rest = (slice(size), slice(size, r)) if low else (slice(r - size, r), slice(r - size))
+            X, others = decoupled(lambda X: G @ X, values[rest], V[:, block], V[:, rest])
             X = X @ torch.linalg.eigh(X.mT @ (G @ X)).eigenvectors
-            return torch.cat([X, rest.double()] if lower_half else [rest.double(), X], dim=1).flip(1)
-    return torch.linalg.eigh(gram_in(torch.float64)[0]).eigenvectors.flip(1)
+            return torch.cat([X, others.double()] if low else [others.double(), X], dim=1).flip(1)
+    return torch.linalg.eigh(G).eigenvectors.flip(1)

@@ -64,3 +64,42 @@ def block_krylov(apply: Callable[[Tensor], Tensor], r: int, k: int, *, like: Ten
             break
         best, start = residual, ritz
     return ritz[:, :k]
+
+
+def chebyshev_subspace(
+    G: Tensor, k: int, *, tol: float, noise: float, seed: int = 0, rounds: int = 6, degree: int = 8
+) -> Tensor | None:
+    """Basis [r, k] of the dominant k-dimensional eigenspace of a positive semi-definite G [r, r]; None if it is slow.
+
+    Subspace iteration on 2k columns, filtered by the Chebyshev polynomial of the interval [0, theta_2k] of unwanted
+    eigenvalues, with Rayleigh-Ritz after every `degree` products (Zhou et al. 2006; higher degrees lose orthogonality).
+    Accepted when the sine of the angle to the true subspace, estimated as the residual over the gap that the 2k
+    columns leave, plus noise lambda_1 over that gap (the error G carries already), is at most `tol`.
+    Cost: (degree + 1) products of G with 2k columns a round, usually 3 rounds: at r = 768, k = 19 a third of the time
+    of an eigensolve on one core, and beside another matrix again twice as fast, since products need not share memory.
+    """
+    r = G.shape[0]
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    X = orthonormal(torch.randn(r, min(r, 2 * k), dtype=torch.float64, generator=generator).to(G.device)).to(G.dtype)
+    for _ in range(rounds):
+        GX = G @ X
+        theta, W = torch.linalg.eigh((X.mT @ GX).double())
+        X, GX = X @ W.to(G.dtype), GX @ W.to(G.dtype)
+        residual = torch.linalg.vector_norm(GX[:, -k:] - X[:, -k:] * theta[-k:].to(G.dtype), dim=0).double()
+        gaps = theta[-k:] - theta[0]
+        sine = (residual / gaps).square().mean().sqrt() + noise * theta[-1] / gaps[0]
+        if sine <= tol:
+            return X[:, -k:]
+        half = theta[0].item() / 2
+        if not half > 0:
+            return None
+        # three-term recurrence of the polynomials scaled to 1 at theta_1
+        sigma = half / (theta[-1].item() - half)
+        tau = 2 / sigma
+        previous, X = X, (GX - half * X) * (sigma / half)
+        for _ in range(degree - 1):
+            following = 1 / (tau - sigma)
+            step = torch.addmm(X, G, X, beta=-half) * (2 * following / half)
+            previous, X, sigma = X, step.sub_(previous, alpha=sigma * following), following
+        X = orthonormal(X).to(G.dtype)
+    return None
