@@ -58,10 +58,10 @@ def row(T: int, matrix: str, method: str, got: dict[str, float]) -> list[object]
     return [T, matrix, method, f"{got['papers s']:.3f}", f"{got['isomerge s']:.3f}", ratio, *errors]
 
 
-def run_methods(rounds: int) -> None:
+def run_methods(rounds: int, tasks: list[int], names: list[str]) -> None:
     rows, data = [], []
-    for T in (8, 20):
-        for method in papers.METHODS:
+    for T in tasks:
+        for method in names:
             totals = {"papers s": 0.0, "isomerge s": 0.0}
             for matrix, shape in VIT_B32.items():
                 stack = torch.stack([synthetic(T, *shape, seed=layer + 1) for layer in range(LAYERS)])
@@ -73,11 +73,13 @@ def run_methods(rounds: int) -> None:
             rows.append(row(T, "**whole block**", method, totals))
             print(*rows[-1], flush=True)
     title = f"One ViT-B/32 block, seconds per matrix, median of {rounds} interleaved rounds"
-    print(measure.save("methods-cpu", title, [measure.table(COLUMNS, rows)], {"rows": data}))
+    name = "-".join(["methods-cpu", *(f"T{T}" for T in tasks)])
+    print(measure.save(name, title, [measure.table(COLUMNS, rows)], {"rows": data}))
 
 
 def run_models(rounds: int, folder: Path) -> None:
-    base, *experts = (open_checkpoint(path) for path in [folder / "base", *sorted((folder / "experts").iterdir())])
+    folders = sorted(path for path in (folder / "experts").iterdir() if path.is_dir())
+    base, *experts = (open_checkpoint(path) for path in (folder / "base", *folders))
     family = recognise({name: info.shape for name, info in base.tensors.items()})
     by_shape: dict[tuple[int, ...], list[Tensor]] = {}
     for name, info in base.tensors.items():
@@ -167,11 +169,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["methods", "models", "memory"], metavar="WHAT")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--models", type=Path, default=Path(".demo/models"), help="folder with base/ and experts/")
+    parser.add_argument("--tasks", type=int, nargs="+", default=[8, 20], help="of `methods`")
+    parser.add_argument("--names", nargs="+", default=list(papers.METHODS), help="of `methods`: which methods")
+    parser.add_argument("--models", type=Path, default=Path(".demo"), help="the demo's cache: base/, experts/")
     arguments = parser.parse_args()
     for what in arguments.what:
         if what == "methods":
-            run_methods(arguments.rounds)
+            run_methods(arguments.rounds, arguments.tasks, arguments.names)
         elif what == "memory":
             run_memory()
         elif arguments.models.exists():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from spectra import orthonormal as random_orthonormal
 from spectra import projector, relative
 
-from isomerge.backends.iterations import block_krylov, orthonormal
+from isomerge.backends.iterations import block_krylov, chebyshev_subspace, orthonormal
 
 
 def operator(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,3 +55,28 @@ def test_block_krylov_of_low_rank_and_zero_operators() -> None:
     assert relative(projector(Q), projector(V[:, :3])) < 1e-9
     Q = block_krylov(lambda X: 0 * X, 100, 5, like=G, tol=1e-9, seed=0)
     torch.testing.assert_close(Q.mT @ Q, torch.eye(5, dtype=Q.dtype), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "values", [torch.linspace(1, 0.2, 300), torch.logspace(0, -4, 300), torch.ones(300) / 2 + torch.eye(300)[0]]
+)
+def test_chebyshev_subspace_keeps_its_word(values: torch.Tensor, dtype: torch.dtype) -> None:
+    G, V = operator(values.double())
+    k = 1 if values[1] == values[2] else 8
+    for scale in (1.0, 1e-12):
+        X = chebyshev_subspace((G * scale).to(dtype), k, tol=1e-5, noise=1e-8, rounds=20)
+        assert X is not None
+        assert X.dtype == dtype
+        assert relative(projector(X), projector(V[:, :k])) <= 1e-5
+
+
+def test_chebyshev_subspace_declines_what_it_cannot_resolve() -> None:
+    values = torch.ones(300).double()
+    values[0] = 2.0
+    G, _ = operator(values)
+    assert chebyshev_subspace(G, 8, tol=1e-5, noise=1e-8) is None  # the 8th of 299 equal eigenvalues
+    flat, _ = operator(torch.linspace(1, 0.999, 300, dtype=torch.float64))
+    assert chebyshev_subspace(flat, 8, tol=1e-5, noise=1e-8) is None  # too slow
+    assert chebyshev_subspace(flat, 8, tol=1e-5, noise=1e-3, rounds=50) is None  # too noisy
+    assert chebyshev_subspace(torch.zeros(300, 300), 8, tol=1e-5, noise=1e-8) is None

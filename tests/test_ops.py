@@ -9,6 +9,7 @@ from torch import Tensor
 
 from isomerge import ops
 from isomerge.backends import BACKENDS, OPS, eager, eigen, table
+from isomerge.backends.iterations import chebyshev_subspace
 
 FAST = [name for name in BACKENDS if name != "reference"]
 BOUND = {"fast": 2e-2, "default": 1e-4, "exact": 1e-6}
@@ -167,6 +168,26 @@ def test_block_krylov_answers_for_few_directions_of_large_matrices(monkeypatch: 
         assert relative(truncated, exact) < 2e-4
         assert torch.equal(result.U, ops.rsvd(A, 5).U)
         assert relative(ops.rsvd(A, 5, seed=1).S, expected.S) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(200, 200), (400, 200), (200, 400)], ids=["square", "tall", "wide"])
+def test_filtered_iteration_answers_for_few_directions(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    A, Q = torch.randn(2, *shape, generator=generator), orthonormal(shape[0], 50, 1).float()
+    expected = ops.rsvd(A, 8, deflate=Q, backend="reference")
+    monkeypatch.setattr(eigen, "FILTER_MIN_SIDE", 100)
+    asked = []
+
+    def counted(*args: object, **kwargs: object) -> object:
+        asked.append(chebyshev_subspace(*args, **kwargs))
+        return asked[-1]
+
+    monkeypatch.setattr(eigen, "chebyshev_subspace", counted)
+    result = ops.rsvd(A, 8, deflate=Q)
+    assert len(asked) == 2
+    assert all(X is not None for X in asked)
+    truncated, exact = ((svd.U * svd.S.unsqueeze(-2)) @ svd.Vh for svd in (result, expected))
+    assert relative(truncated, exact) < 2e-5
 
 
 @backends
