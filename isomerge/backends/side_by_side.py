@@ -23,12 +23,13 @@ ALIGNMENT = 64  # bytes: an AVX-512 register, and what torch's CPU allocator giv
 
 @lru_cache(maxsize=1)
 def _pool(workers: int) -> ThreadPoolExecutor:
-    # torch.set_num_threads acts on the calling thread, but is also what threads started later begin with:
-    # start all workers now, then put the caller's number back
+    # torch.set_num_threads acts on the calling thread, but a thread's first operation replaces its number by the one
+    # set last anywhere: so every worker sets 1 and makes that first call now, then the caller's number is put back
     started = Barrier(workers + 1)
 
     def start() -> None:
         torch.set_num_threads(1)
+        torch.get_num_threads()
         started.wait()
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="isomerge")
