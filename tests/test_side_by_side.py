@@ -26,7 +26,7 @@ def test_every_worker_computes_with_one_thread_and_the_caller_keeps_its_own(thre
         torch.linalg.eigh(A @ A.mT)
         return torch.get_num_threads(), threading.current_thread().name
 
-    seen = side_by_side(used, torch.randn(8, 40, 40))
+    seen = side_by_side(used, torch.randn(8, 40, 40).unbind())
     assert {count for count, _ in seen} == {1}
     assert all(name.startswith("isomerge") for _, name in seen)
     assert torch.get_num_threads() == threads
@@ -39,7 +39,7 @@ def test_every_worker_computes_with_one_thread_and_the_caller_keeps_its_own(thre
 
 def test_results_keep_their_order_and_every_matrix_is_aligned() -> None:
     stack = torch.arange(7 * 3 * 5, dtype=torch.float32).reshape(7, 3, 5)  # 60 bytes a matrix
-    results = side_by_side(lambda A: (A.data_ptr() % module.ALIGNMENT, A.clone()), stack)
+    results = side_by_side(lambda A: (A.data_ptr() % module.ALIGNMENT, A.clone()), stack.unbind())
     assert [offset for offset, _ in results] == [0] * 7
     assert torch.equal(torch.stack([A for _, A in results]), stack)
 
@@ -53,16 +53,16 @@ def test_the_first_error_comes_after_all_calls_have_ended() -> None:
             raise ValueError(f"matrix {int(A[0, 0])}")
 
     with pytest.raises(ValueError, match="matrix 2"):
-        side_by_side(call, torch.arange(5.0).reshape(5, 1, 1))
+        side_by_side(call, torch.arange(5.0).reshape(5, 1, 1).unbind())
     assert sorted(ended) == [0, 1, 2, 3, 4]
 
 
 def trace(queue: multiprocessing.Queue) -> None:
-    queue.put([float(value) for value in side_by_side(torch.trace, torch.eye(3).expand(4, 3, 3))])
+    queue.put([float(value) for value in side_by_side(torch.trace, [torch.eye(3)] * 4)])
 
 
 def test_a_forked_child_starts_workers_of_its_own() -> None:
-    side_by_side(torch.trace, torch.eye(3).expand(4, 3, 3))
+    side_by_side(torch.trace, [torch.eye(3)] * 4)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=trace, args=(queue,))

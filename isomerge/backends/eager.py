@@ -17,7 +17,7 @@ from torch import Tensor
 
 from isomerge.backends.eigen import TOLERANCE, decoupled, gram, leading, noise, split_basis, unresolved
 from isomerge.backends.iterations import block_krylov
-from isomerge.backends.side_by_side import side_by_side
+from isomerge.backends.side_by_side import matrices, side_by_side
 
 KRYLOV_MIN_SIDE, KRYLOV_MAX_SHARE = 1536, 1 / 48
 """Block Krylov answers when r >= the first and k/r <= the second; below, one dense eigensolve is faster."""
@@ -27,10 +27,14 @@ DOUBTFUL = 1e-4
 """Singular values below this share of the first are computed in float64: the null threshold is near float32 noise."""
 
 
+STEEP = 1 / 32
+"""Where sigma_k / sigma_1 is below this, B V is computed in float64: its columns round by eps * sigma_1 / sigma_k."""
+
+
 def polar(A: Tensor, *, rtol: float, precision: str) -> tuple[Tensor, Tensor, Tensor]:
     """Polar factor B G^(-1/2), G = BᵀB, over the numerical rank, by one symmetric eigensolve of the small side."""
     batch = A.shape[:-2]
-    results = side_by_side(lambda A: _polar(A, rtol, precision), A.reshape(-1, *A.shape[-2:]))
+    results = side_by_side(lambda A: _polar(A, rtol, precision), matrices(A))
     factor, nuclear_norm, rank = (torch.stack(column) for column in zip(*results, strict=True))
     return factor.reshape(A.shape), nuclear_norm.reshape(batch), rank.reshape(batch)
 
@@ -44,8 +48,7 @@ def rsvd(
     def one(A: Tensor, Q: Tensor, atol: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return _rsvd(A, k, Q, rtol, atol, tol, seed, precision)
 
-    q, count = deflate.shape[-1], batch.numel()
-    results = side_by_side(one, A.reshape(count, m, n), deflate.reshape(count, m, q), atol.reshape(count))
+    results = side_by_side(one, matrices(A), matrices(deflate), atol.reshape(-1).unbind())
     U, S, Vh = (torch.stack(column) for column in zip(*results, strict=True))
     return U.reshape(*batch, m, k), S.reshape(*batch, k), Vh.reshape(*batch, k, n)
 
@@ -64,7 +67,7 @@ def subspace(A: Tensor, k: int, *, full: bool, precision: str) -> Tensor:
         U = U[:, S > m * torch.finfo(A.dtype).eps * S[:1]]
         return torch.cat([U, torch.linalg.qr(U, mode="complete").Q[:, U.shape[1] : columns]], dim=1)
 
-    results = side_by_side(one, A.reshape(-1, m, n))
+    results = side_by_side(one, matrices(A))
     return torch.stack(results).reshape(*A.shape[:-1], columns)
 
 
@@ -72,7 +75,7 @@ def matmul(A: Tensor, B: Tensor) -> Tensor:
     """A B, each matrix of the stack by one thread: the bits do not depend on the batch."""
     batch = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])
     A, B = A.expand(*batch, *A.shape[-2:]), B.expand(*batch, *B.shape[-2:])
-    products = side_by_side(torch.mm, A.reshape(-1, *A.shape[-2:]), B.reshape(-1, *B.shape[-2:]))
+    products = side_by_side(torch.mm, matrices(A), matrices(B))
     return torch.stack(products).reshape(*batch, A.shape[-2], B.shape[-1])
 
 
@@ -146,17 +149,16 @@ def _rsvd(
         V, eigenvectors = leading(
             lambda dtype: _deflated_gram(B.to(dtype), Q.to(dtype), wide), r, k, B.dtype, precision
         )
+    Y = _image(B, Q, wide, V.to(B.dtype))  # [p, k]
     if eigenvectors:
-        B, Q = B.double(), Q.double()
-    V = V.to(B.dtype)
-    Y = B @ V  # [p, k]
-    if not wide:
-        Y -= Q @ (Q.mT @ Y)
-    if eigenvectors:
-        squares, W = torch.linalg.vector_norm(Y, dim=0).square(), None
+        if bool((torch.linalg.vector_norm(Y[:, -1:]) < STEEP * torch.linalg.vector_norm(Y[:, :1])).any()):
+            B, Q = B.double(), Q.double()
+            Y = _image(B, Q, wide, V)
+        squares, W = torch.linalg.vector_norm(Y, dim=0).double().square(), None
     else:  # Rayleigh-Ritz: whatever basis of the subspace V is, its rotation by the SVD of Y gives the triplets
         squares, W = torch.linalg.eigh(gram(Y.double()))
         squares, W = squares.flip(0), W.flip(1)
+    V = V.to(B.dtype)
     S = squares.clamp_min(0).sqrt()
     if B.dtype == torch.float32 and bool((S[-1:] < DOUBTFUL * S[:1]).any()):
         return _rsvd(A, k, Q, rtol, atol, tol, seed, "exact")
@@ -168,6 +170,12 @@ def _rsvd(
         small, large = V @ W.to(V.dtype), Y @ (W * inverse).to(Y.dtype)
     U, Vh = (small, large.mT) if wide else (large, small.mT)
     return U.to(A.dtype), S, Vh.to(A.dtype)
+
+
+def _image(B: Tensor, Q: Tensor, wide: bool, V: Tensor) -> Tensor:
+    """The matrix (its transpose if wide) less its part in Q, times V [r, k]; for wide ones V is orthogonal to Q."""
+    Y = B @ V
+    return Y if wide else Y.sub_(Q @ (Q.mT @ Y))
 
 
 def _deflated_gram(B: Tensor, Q: Tensor, wide: bool) -> tuple[Tensor, float]:

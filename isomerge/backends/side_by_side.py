@@ -47,19 +47,27 @@ def _aligned(A: Tensor) -> Tensor:
     return A if A.data_ptr() % ALIGNMENT == 0 else A.clone(memory_format=torch.contiguous_format)
 
 
-def side_by_side(function: Callable[..., Result], *stacks: Tensor) -> list[Result]:
-    """[function(A[i], B[i], ...) for each i] for stacks of shape [batch, ...]; on the CPU one worker per torch thread.
+def matrices(stack: Tensor) -> list[Tensor]:
+    """The matrices of [..., m, n] in order, as views: an expanded dimension is not copied."""
+    views = [stack]
+    for _ in range(stack.dim() - 2):
+        views = [part for view in views for part in view.unbind(0)]
+    return views
+
+
+def side_by_side(function: Callable[..., Result], *inputs: Sequence[Tensor]) -> list[Result]:
+    """[function(a, b, ...) for each a, b, ... of the inputs]; on the CPU one worker per torch thread.
 
     The first exception that a call raises is raised here, after all calls have ended.
     """
-    calls: Sequence[tuple[Tensor, ...]] = list(zip(*(stack.unbind(0) for stack in stacks), strict=True))
-    if stacks[0].device.type != "cpu":
-        return [function(*matrices) for matrices in calls]
+    calls = list(zip(*inputs, strict=True))
+    if not calls or calls[0][0].device.type != "cpu":
+        return [function(*call) for call in calls]
 
-    def call(matrices: tuple[Tensor, ...]) -> Result:
-        return function(*map(_aligned, matrices))
+    def run(call: Sequence[Tensor]) -> Result:
+        return function(*map(_aligned, call))
 
-    futures = [_pool(torch.get_num_threads()).submit(call, matrices) for matrices in calls]
+    futures = [_pool(torch.get_num_threads()).submit(run, call) for call in calls]
     errors = [error for error in (future.exception() for future in futures) if error is not None]
     if errors:
         raise errors[0]
