@@ -76,7 +76,7 @@ def chebyshev_subspace(
     Accepted when the sine of the angle to the true subspace, estimated as the residual over the gap that the 2k
     columns leave, plus noise lambda_1 over that gap (the error G carries already), is at most `tol`.
     Cost: (degree + 1) products of G with 2k columns a round, usually 3 rounds: at r = 768, k = 19 a third of the time
-    of an eigensolve on one core, and beside another matrix again twice as fast, since products need not share memory.
+    of an eigensolve on one core.
     """
     r = G.shape[0]
     generator = torch.Generator(device="cpu").manual_seed(seed)
