@@ -22,14 +22,12 @@ from isomerge.backends.side_by_side import matrices, side_by_side
 KRYLOV_MIN_SIDE, KRYLOV_MAX_SHARE = 1536, 1 / 48
 """Block Krylov answers when r >= the first and k/r <= the second; below, one dense eigensolve is faster."""
 
-
 MIXED_MIN_SQUARE = 512
 """Nearly square matrices with smaller sides go to float64 at once: a third of the directions of real sums at r = 384
 would have to be solved again (15.8 ms a matrix against 20.6)."""
 
 DOUBTFUL = 1e-4
 """Singular values below this share of the first are computed in float64: the null threshold is near float32 noise."""
-
 
 STEEP = 1 / 32
 """Where sigma_k / sigma_1 is below this, B V is computed in float64: its columns round by eps * sigma_1 / sigma_k."""
@@ -155,7 +153,8 @@ def _rsvd(
         )
     Y = _image(B, Q, wide, V.to(B.dtype))  # [p, k]
     if eigenvectors:
-        if bool((torch.linalg.vector_norm(Y[:, -1:]) < STEEP * torch.linalg.vector_norm(Y[:, :1])).any()):
+        last, first = torch.linalg.vector_norm(Y[:, -1:]), torch.linalg.vector_norm(Y[:, :1])
+        if B.dtype == torch.float32 and bool(last < STEEP * first):
             B, Q = B.double(), Q.double()
             Y = _image(B, Q, wide, V)
         squares, W = torch.linalg.vector_norm(Y, dim=0).double().square(), None

@@ -123,11 +123,11 @@ def leading(gram_in: GramIn, r: int, k: int, dtype: torch.dtype, precision: str)
             if X is not None:
                 return X, False
         values, V = torch.linalg.eigh(G)
-        total = product + noise(dtype)
-        if mixing(values, k, total) <= tolerance:
+        error = mixing(values, k, product + noise(dtype))
+        if error <= tolerance:
             return V[:, -k:].flip(1), False
         size = k + max(8, k // 3)  # columns in which the k-th eigenvalue is well inside
-        if 2 * size <= r and mixing(values, k, total) <= FIRST_ORDER:
+        if 2 * size <= r and error <= FIRST_ORDER:
             exact = mixing(values, k, product) > tolerance
             return _corrected(gram_in(torch.float64)[0] if exact else G, values, V, k, size), False
     return torch.linalg.eigh(gram_in(torch.float64)[0]).eigenvectors[:, r - k :].flip(1), True

@@ -5,7 +5,7 @@ holds what was asked for and nothing else.
 """
 
 from isomerge.checkpoint.folder import open_checkpoint
-from isomerge.checkpoint.ledger import TensorSpec
+from isomerge.checkpoint.format import TensorSpec
 from isomerge.checkpoint.memory import MemoryWriter, from_state_dict
 from isomerge.checkpoint.reader import Checkpoint, TensorInfo
 from isomerge.checkpoint.writer import Writer

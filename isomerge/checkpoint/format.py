@@ -94,6 +94,23 @@ def header_length(file: Path, prefix: bytes, size: int) -> int:
     return length
 
 
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, dtype and shape of a tensor that is or will be in a file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return element_count(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
 def parse_header(file: Path, header: bytes, data_bytes: int) -> tuple[list[Entry], dict[str, str]]:
     """Entries ordered by offset, and the `__metadata__` strings.
 

@@ -9,28 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-import torch
 from torch import Tensor
 
-from isomerge.checkpoint.format import DTYPE_NAMES, element_count
+from isomerge.checkpoint.format import DTYPE_NAMES, TensorSpec
 from isomerge.errors import InputError
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A tensor that will be written."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return element_count(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
 
 
 @dataclass(slots=True)

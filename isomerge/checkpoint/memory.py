@@ -9,8 +9,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from isomerge.checkpoint.format import DTYPE_NAMES
-from isomerge.checkpoint.ledger import Ledger, TensorSpec, side_name
+from isomerge.checkpoint.format import DTYPE_NAMES, TensorSpec
+from isomerge.checkpoint.ledger import Ledger, side_name
 from isomerge.checkpoint.reader import Checkpoint, TensorInfo, digest
 from isomerge.checkpoint.views import flat_pieces
 from isomerge.errors import InputError

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from isomerge.checkpoint.files import FilePool, Stamp, open_input, read_bytes, read_into
-from isomerge.checkpoint.format import element_count, header_length, parse_header
+from isomerge.checkpoint.format import TensorSpec, header_length, parse_header
 from isomerge.checkpoint.views import flat_pieces, flat_range, span
 from isomerge.errors import InputError
 
@@ -23,22 +23,11 @@ _Self = TypeVar("_Self", bound="Checkpoint")
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(TensorSpec):
     """One tensor of a checkpoint; `offset` is the absolute byte position of its first element in `file`."""
 
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
     file: Path
     offset: int
-
-    @property
-    def numel(self) -> int:
-        return element_count(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
 
 
 class Checkpoint(ABC):

@@ -48,7 +48,7 @@ class Staging:
     def commit(self) -> None:
         """Move the folder to its place; one that is there already is replaced and removed."""
         for folder, _, _ in os.walk(self.folder):
-            sync_folder(Path(folder))
+            sync(Path(folder))
         parent = _lock(self.place.parent, wait=True)
         try:
             self._check_place()
@@ -61,7 +61,7 @@ class Staging:
                 if old is not None:
                     os.rename(old, self.place)
                 raise
-            sync_folder(self.place.parent)
+            sync(self.place.parent)
             if old is not None:
                 shutil.rmtree(old, ignore_errors=True)  # the next run to the same place removes what is left
         finally:
@@ -97,9 +97,9 @@ class Staging:
                 return
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make the bytes of a file, or the names in a folder, durable."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from isomerge.checkpoint.files import FilePool, write_from
 from isomerge.checkpoint.folder import SAFETENSORS, SAFETENSORS_INDEX
-from isomerge.checkpoint.format import Entry, build_header
-from isomerge.checkpoint.ledger import Ledger, TensorSpec, side_name
-from isomerge.checkpoint.staging import Staging
+from isomerge.checkpoint.format import Entry, TensorSpec, build_header
+from isomerge.checkpoint.ledger import Ledger, side_name
+from isomerge.checkpoint.staging import Staging, sync
 from isomerge.errors import InputError
 
 _PART = ".part"  # ends every file name until all of them are complete, so that nothing half done looks like a model
@@ -103,7 +103,7 @@ class Writer:
             self._ledger.close()
             self._pool.close()
             for shard in self._shards:
-                _sync(staging.folder / (shard.name + _PART))
+                sync(staging.folder / (shard.name + _PART))
             if len(self._shards) > 1:
                 self._side[SAFETENSORS_INDEX] = _build_index(self._shards)
             for name, content in self._side.items():
@@ -190,12 +190,4 @@ def _write_side_file(path: Path, content: bytes | Path) -> None:
         shutil.copyfile(content, path)
     else:
         path.write_bytes(content)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync(path)

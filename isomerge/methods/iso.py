@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from isomerge import ops
+from isomerge.methods.bases import beside, without_null
 from isomerge.methods.linear import total
 
 
@@ -62,25 +63,15 @@ def iso_cts(
     else:
         U_c, S_c, V_c = rsvd(summed, k)
         U_t, S_t, V_t = rsvd(deltas, s, deflate=U_c.unsqueeze(-3), atol=null)
-    task_left = polar(_beside(_without_null(U_t, S_t), dim=-1)).factor  # [..., m or m - k, T s]
+    task_left = polar(beside(without_null(U_t, S_t), dim=-1)).factor  # [..., m or m - k, T s]
     if m <= n:
         task_left = matmul(complement, task_left)
-    task_right = _beside(_without_null(V_t.mT, S_t).mT, dim=-2)  # [..., T s, n]
-    left = torch.cat([task_left, _without_null(U_c, S_c)], dim=-1)
-    right = torch.cat([task_right, _without_null(V_c.mT, S_c).mT], dim=-2)
+    task_right = beside(without_null(V_t.mT, S_t).mT, dim=-2)  # [..., T s, n]
+    left = torch.cat([task_left, without_null(U_c, S_c)], dim=-1)
+    right = torch.cat([task_right, without_null(V_c.mT, S_c).mT], dim=-2)
     S = torch.cat([S_t.flatten(-2), S_c], dim=-1)
     mean = S.sum(-1) / (S > 0).sum(-1).clamp_min(1)
     return matmul(left, polar(right).factor).mul_(mean[..., None, None])
-
-
-def _without_null(vectors: Tensor, S: Tensor) -> Tensor:
-    """The columns of vectors [..., m, k], zero where S [..., k] is."""
-    return vectors * (S > 0).unsqueeze(-2)
-
-
-def _beside(blocks: Tensor, dim: int) -> Tensor:
-    """The T blocks of [..., T, m, n], concatenated along one of the last two dimensions."""
-    return torch.cat(blocks.unbind(-3), dim=dim)
 
 
 def subspace_sizes(r: int, T: int, common_space_fraction: float) -> tuple[int, int]:

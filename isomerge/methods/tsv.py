@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from isomerge import ops
+from isomerge.methods.bases import beside, without_null
 
 
 def tsvm(deltas: Tensor, *, precision: str = "default", backend: str = "auto") -> Tensor:
@@ -20,9 +20,8 @@ def tsvm(deltas: Tensor, *, precision: str = "default", backend: str = "auto") -
     """
     T, m, n = deltas.shape[-3:]
     U, S, Vh = ops.rsvd(deltas, min(m, n) // T, precision=precision, backend=backend)
-    kept = (S > 0).to(S.dtype)
-    left = torch.cat((U * kept.unsqueeze(-2)).unbind(-3), dim=-1)  # [..., m, T s]
-    right = torch.cat((Vh * kept.unsqueeze(-1)).unbind(-3), dim=-2)  # [..., T s, n]
+    left = beside(without_null(U, S), dim=-1)  # [..., m, T s]
+    right = beside(without_null(Vh.mT, S).mT, dim=-2)  # [..., T s, n]
     scale = S.flatten(-2).unsqueeze(-1)  # [..., T s, 1]
     left = ops.polar(left, precision=precision, backend=backend).factor
     right = ops.polar(right, precision=precision, backend=backend).factor
