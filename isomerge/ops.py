@@ -23,7 +23,18 @@ from torch import Tensor
 
 from isomerge.backends import BackendUnavailable, resolve
 
-__all__ = ["RANK_RTOL", "SVD", "BackendUnavailable", "Polar", "matmul", "polar", "rsvd", "subspace"]
+__all__ = [
+    "RANK_RTOL",
+    "SVD",
+    "BackendUnavailable",
+    "Polar",
+    "PolarProduct",
+    "matmul",
+    "polar",
+    "polar_product",
+    "rsvd",
+    "subspace",
+]
 
 RANK_RTOL = 8 * torch.finfo(torch.float32).eps
 """Default null threshold, 9.5e-7, whatever the size. Rounding leaves noise of 0.4 eps * sigma_1 in float32 sums of
@@ -41,6 +52,14 @@ class Polar(NamedTuple):
     factor: Tensor
     nuclear_norm: Tensor
     rank: Tensor
+
+
+class PolarProduct(NamedTuple):
+    """`product` [..., m, n]; the nuclear norms `left_norm` and `right_norm` [...] of the two matrices."""
+
+    product: Tensor
+    left_norm: Tensor
+    right_norm: Tensor
 
 
 class SVD(NamedTuple):
@@ -66,6 +85,47 @@ def polar(A: Tensor, *, rtol: float = RANK_RTOL, precision: str = "default", bac
         return Polar(torch.zeros_like(B), B.new_zeros(batch), torch.zeros(batch, dtype=torch.int64, device=A.device))
     factor, nuclear_norm, rank = resolve("polar", backend, A)(B, rtol=rtol, precision=precision)
     return Polar(factor.to(B.dtype), (nuclear_norm * scale).to(B.dtype), rank)
+
+
+def polar_product(
+    A: Tensor,
+    B: Tensor,
+    *,
+    scale: Tensor | None = None,
+    rtol: float = RANK_RTOL,
+    precision: str = "default",
+    backend: str = "auto",
+) -> PolarProduct:
+    """polar(A) diag(scale) polar(B): two bases whitened, and multiplied; each factor as in `polar`.
+
+    The way in which the concatenated subspaces of several tasks become one update. Cheaper than two calls of `polar`
+    and a product: the factor of the longer matrix is never formed.
+
+    A: [..., m, q], B: [..., q, n] and scale [..., q] of the same leading dimensions. Cost on a CPU: one eigensolve for
+    each, m q n for the product, and q² times the shortest side of m, n. Raises ValueError as `polar`, and for shapes
+    that do not match.
+    """
+    _check("polar_product", A, precision)
+    _check("polar_product", B, precision)
+    batch, q = A.shape[:-2], A.shape[-1]
+    if B.shape[:-1] != (*batch, q) or (scale is not None and scale.shape != (*batch, q)):
+        got = "" if scale is None else f" and scale {tuple(scale.shape)}"
+        raise ValueError(
+            f"polar_product: expected A [..., m, q], B [..., q, n] and scale [..., q], got {tuple(A.shape)}, "
+            f"{tuple(B.shape)}{got}"
+        )
+    left, left_scale = _scaled("polar_product", A)
+    right, right_scale = _scaled("polar_product", B)
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    if batch.numel() * A.shape[-2] * q * B.shape[-1] == 0:
+        zeros = left.new_zeros(batch, dtype=dtype)
+        return PolarProduct(left.new_zeros(*batch, A.shape[-2], B.shape[-1], dtype=dtype), zeros, zeros)
+    scale = left.new_ones(*batch, q, dtype=dtype) if scale is None else scale.to(dtype)
+    compute = resolve("polar_product", backend, A)
+    product, left_norm, right_norm = compute(
+        left.to(dtype), right.to(dtype), scale=scale, rtol=rtol, precision=precision
+    )
+    return PolarProduct(product.to(dtype), (left_norm * left_scale).to(dtype), (right_norm * right_scale).to(dtype))
 
 
 def rsvd(

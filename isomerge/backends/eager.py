@@ -12,10 +12,12 @@ measured condition number over the numerical rank exceeds about 1e5 in most dire
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from isomerge.backends.eigen import TOLERANCE, decoupled, gram, leading, noise, split_basis, unresolved
+from isomerge.backends.eigen import TOLERANCE, decoupled, gram, leading, noise, split_basis, times, unresolved
 from isomerge.backends.iterations import block_krylov
 from isomerge.backends.side_by_side import matrices, side_by_side
 
@@ -41,6 +43,18 @@ def polar(A: Tensor, *, rtol: float, precision: str) -> tuple[Tensor, Tensor, Te
     return factor.reshape(A.shape), nuclear_norm.reshape(batch), rank.reshape(batch)
 
 
+def polar_product(A: Tensor, B: Tensor, *, scale: Tensor, rtol: float, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Both polar factors of a pair on one worker, so that a factor that is only multiplied need not be formed."""
+    batch, (m, n) = A.shape[:-2], (A.shape[-2], B.shape[-1])
+
+    def one(A: Tensor, scale: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _polar_product(A, scale, B, rtol, precision)
+
+    results = side_by_side(one, matrices(A), list(scale.reshape(-1, scale.shape[-1]).unbind()), matrices(B))
+    product, left, right = (torch.stack(column) for column in zip(*results, strict=True))
+    return product.reshape(*batch, m, n), left.reshape(batch), right.reshape(batch)
+
+
 def rsvd(
     A: Tensor, k: int, *, deflate: Tensor, rtol: float, atol: Tensor, tol: float, seed: int, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +78,7 @@ def subspace(A: Tensor, k: int, *, full: bool, precision: str) -> Tensor:
         if m <= n and full:
             return split_basis(gram(A.mT.double()), k, A.dtype, precision).to(A.dtype)
         if m <= n:
-            return leading(lambda dtype: (gram(A.mT.to(dtype)), 1.0), m, k, A.dtype, precision)[0].to(A.dtype)
+            return _leading(A.mT, A.new_zeros(m, 0), True, k, precision)[0].to(A.dtype)
         U, S, _ = _rsvd(A, min(k, n), A.new_zeros(m, 0), 0.0, A.new_zeros(()), 1e-6, 0, precision)
         U = U[:, S > m * torch.finfo(A.dtype).eps * S[:1]]
         return torch.cat([U, torch.linalg.qr(U, mode="complete").Q[:, U.shape[1] : columns]], dim=1)
@@ -84,13 +98,45 @@ def matmul(A: Tensor, B: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- one matrix
 
 
+class _Factored(NamedTuple):
+    """polar(A) = outer @ root of a tall A, or `outer` itself where a product with the root would lose digits."""
+
+    outer: Tensor  # [m, n]
+    root: Tensor | None  # [n, n], symmetric
+    nuclear_norm: Tensor
+    rank: Tensor
+
+    def factor(self) -> Tensor:
+        return self.outer if self.root is None else self.outer @ self.root
+
+
 def _polar(A: Tensor, rtol: float, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    wide = A.shape[0] < A.shape[1]
+    result = _factored(A.mT if wide else A, rtol, precision)
+    factor = result.factor()
+    return factor.mT if wide else factor, result.nuclear_norm, result.rank
+
+
+def _polar_product(A: Tensor, scale: Tensor, B: Tensor, rtol: float, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    """polar(A) diag(scale) polar(B); the root of a tall A or a wide B is multiplied where it has fewer rows."""
+    (m, q), n = A.shape, B.shape[1]
+    if m < q or n < q:
+        left, left_norm, _ = _polar(A, rtol, precision)
+        right, right_norm, _ = _polar(B, rtol, precision)
+        return left @ (scale[:, None] * right), left_norm, right_norm
+    a, b = _factored(A, rtol, precision), _factored(B.mT, rtol, precision)
+    norms = a.nuclear_norm, b.nuclear_norm
+    if a.root is not None and n < m:
+        return a.outer @ (a.root @ (scale[:, None] * b.factor().mT)), *norms
+    if b.root is not None and m < n:
+        return ((a.factor() * scale) @ b.root) @ b.outer.mT, *norms
+    return (a.factor() * scale) @ b.factor().mT, *norms
+
+
+def _factored(A: Tensor, rtol: float, precision: str) -> _Factored:
     m, n = A.shape
-    if m < n:
-        factor, nuclear_norm, rank = _polar(A.mT, rtol, precision)
-        return factor.mT, nuclear_norm, rank
     if A.dtype == torch.float32 and precision != "exact" and (m >= 2 * n or n >= MIXED_MIN_SQUARE):
-        result = _polar_mixed(A, rtol, TOLERANCE[precision])
+        result = _factored_mixed(A, rtol, TOLERANCE[precision])
         if result is not None:
             return result
     B = A.double()
@@ -106,10 +152,10 @@ def _polar(A: Tensor, rtol: float, precision: str) -> tuple[Tensor, Tensor, Tens
         U, S, Vh = torch.linalg.svd(B, full_matrices=False)
         kept = S > rtol * S[0]
         factor = (U * kept) @ Vh
-    return factor.to(A.dtype), (S * kept).sum(), kept.sum()
+    return _Factored(factor.to(A.dtype), None, (S * kept).sum(), kept.sum())
 
 
-def _polar_mixed(A: Tensor, rtol: float, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:
+def _factored_mixed(A: Tensor, rtol: float, tolerance: float) -> _Factored | None:
     """The float32 factor, its d least directions solved in float64; None where those are more than a third.
 
     B V D^(-1/2) Vᵀ splits into the well-resolved directions, a product in float32, and the d others, for which B X is
@@ -122,17 +168,17 @@ def _polar_mixed(A: Tensor, rtol: float, tolerance: float) -> tuple[Tensor, Tens
         return None
     S = values[d:].sqrt()
     if d == 0:
-        return A @ gram((V * S.rsqrt()).mT), S.double().sum(), torch.tensor(r, device=A.device)
+        return _Factored(A, gram((V * S.rsqrt()).mT), S.double().sum(), torch.tensor(r, device=A.device))
     B = A.double()
-    X, V = decoupled(lambda X: B.mT @ (B @ X), values[d:], V[:, :d], V[:, d:])
-    Y = B @ X
+    X, V = decoupled(lambda X: times(B.mT, times(B, X)), values[d:], V[:, :d], V[:, d:])
+    Y = times(B, X)
     squares, W = torch.linalg.eigh(gram(Y))
     least = squares.clamp_min(0).sqrt()
     kept = least > rtol * S[-1]
     inverse = torch.where(kept, least.reciprocal(), 0)
     factor = A @ gram((V * S.rsqrt()).mT)
     factor += (Y @ (W * inverse)).to(A.dtype) @ (X @ W).mT.to(A.dtype)
-    return factor, S.double().sum() + (least * kept).sum(), kept.sum() + r - d
+    return _Factored(factor, None, S.double().sum() + (least * kept).sum(), kept.sum() + r - d)
 
 
 def _rsvd(
@@ -148,9 +194,7 @@ def _rsvd(
     if r >= KRYLOV_MIN_SIDE and k <= KRYLOV_MAX_SHARE * r:
         V = block_krylov(lambda X: _deflated_gram_apply(B, Q, wide, X), r, k, like=B, tol=tol, seed=seed)
     else:
-        V, eigenvectors = leading(
-            lambda dtype: _deflated_gram(B.to(dtype), Q.to(dtype), wide), r, k, B.dtype, precision
-        )
+        V, eigenvectors = _leading(B, Q, wide, k, precision)
     Y = _image(B, Q, wide, V.to(B.dtype))  # [p, k]
     if eigenvectors:
         last, first = torch.linalg.vector_norm(Y[:, -1:]), torch.linalg.vector_norm(Y[:, :1])
@@ -170,15 +214,27 @@ def _rsvd(
     if W is None:
         small, large = V, Y * inverse.to(Y.dtype)
     else:
-        small, large = V @ W.to(V.dtype), Y @ (W * inverse).to(Y.dtype)
+        small, large = times(V, W.to(V.dtype)), times(Y, (W * inverse).to(Y.dtype))
     U, Vh = (small, large.mT) if wide else (large, small.mT)
     return U.to(A.dtype), S, Vh.to(A.dtype)
 
 
+def _leading(B: Tensor, Q: Tensor, wide: bool, k: int, precision: str) -> tuple[Tensor, bool]:
+    """`leading` for the small-side Gram of (I - QQᵀ) A, where B = Aᵀ if wide else A."""
+
+    def apply(X: Tensor) -> Tensor:
+        return _deflated_gram_apply(B.double(), Q.double(), wide, X)
+
+    def gram_in(dtype: torch.dtype) -> tuple[Tensor, float]:
+        return _deflated_gram(B.to(dtype), Q.to(dtype), wide)
+
+    return leading(gram_in, apply, B.shape[1], k, B.dtype, precision)
+
+
 def _image(B: Tensor, Q: Tensor, wide: bool, V: Tensor) -> Tensor:
     """The matrix (its transpose if wide) less its part in Q, times V [r, k]; for wide ones V is orthogonal to Q."""
-    Y = B @ V
-    return Y if wide else Y.sub_(Q @ (Q.mT @ Y))
+    Y = times(B, V)
+    return Y if wide else Y.sub_(times(Q, times(Q.mT, Y)))
 
 
 def _deflated_gram(B: Tensor, Q: Tensor, wide: bool) -> tuple[Tensor, float]:
@@ -199,8 +255,8 @@ def _deflated_gram(B: Tensor, Q: Tensor, wide: bool) -> tuple[Tensor, float]:
 def _deflated_gram_apply(B: Tensor, Q: Tensor, wide: bool, X: Tensor) -> Tensor:
     """The same Gram times X [r, b], never formed."""
     if wide:
-        X = X - Q @ (Q.mT @ X)
-        Y = B.mT @ (B @ X)
-        return Y - Q @ (Q.mT @ Y)
-    Y = B @ X
-    return B.mT @ (Y - Q @ (Q.mT @ Y))
+        X = X - times(Q, times(Q.mT, X))
+        Y = times(B.mT, times(B, X))
+        return Y - times(Q, times(Q.mT, Y))
+    Y = times(B, X)
+    return times(B.mT, Y - times(Q, times(Q.mT, Y)))

@@ -19,6 +19,13 @@ def polar(A: Tensor, *, rtol: float, precision: str) -> tuple[Tensor, Tensor, Te
     return (U * kept.unsqueeze(-2)) @ Vh, (S * kept).sum(-1), kept.sum(-1)
 
 
+def polar_product(A: Tensor, B: Tensor, *, scale: Tensor, rtol: float, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    """polar(A) diag(scale) polar(B) [..., m, n], Σ σ_i of A [...] and of B [...]; A [..., m, q], B [..., q, n]."""
+    left, left_norm, _ = polar(A, rtol=rtol, precision=precision)
+    right, right_norm, _ = polar(B, rtol=rtol, precision=precision)
+    return (left * scale.double().unsqueeze(-2)) @ right, left_norm, right_norm
+
+
 def rsvd(
     A: Tensor, k: int, *, deflate: Tensor, rtol: float, atol: Tensor, tol: float, seed: int, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,4 @@ def tsvm(deltas: Tensor, *, precision: str = "default", backend: str = "auto") -
     U, S, Vh = ops.rsvd(deltas, min(m, n) // T, precision=precision, backend=backend)
     left = beside(without_null(U, S), dim=-1)  # [..., m, T s]
     right = beside(without_null(Vh.mT, S).mT, dim=-2)  # [..., T s, n]
-    scale = S.flatten(-2).unsqueeze(-1)  # [..., T s, 1]
-    left = ops.polar(left, precision=precision, backend=backend).factor
-    right = ops.polar(right, precision=precision, backend=backend).factor
-    return ops.matmul(left, scale * right, backend=backend)
+    return ops.polar_product(left, right, scale=S.flatten(-2), precision=precision, backend=backend).product
