@@ -17,7 +17,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from isomerge.backends.eigen import TOLERANCE, decoupled, gram, leading, noise, split_basis, times, unresolved
+from isomerge.backends.eigen import (
+    TOLERANCE,
+    Apply,
+    GramIn,
+    decoupled,
+    gram,
+    leading,
+    noise,
+    split_basis,
+    times,
+    unresolved,
+)
 from isomerge.backends.iterations import block_krylov
 from isomerge.backends.side_by_side import matrices, side_by_side
 
@@ -75,10 +86,11 @@ def subspace(A: Tensor, k: int, *, full: bool, precision: str) -> Tensor:
     columns = m if full else k
 
     def one(A: Tensor) -> Tensor:
-        if m <= n and full:
-            return split_basis(gram(A.mT.double()), k, A.dtype, precision).to(A.dtype)
         if m <= n:
-            return _leading(A.mT, A.new_zeros(m, 0), True, k, precision)[0].to(A.dtype)
+            products = _products(A.mT, A.new_zeros(m, 0), True)
+            if full:
+                return split_basis(*products, m, k, A.dtype, precision).to(A.dtype)
+            return leading(*products, m, k, A.dtype, precision)[0].to(A.dtype)
         U, S, _ = _rsvd(A, min(k, n), A.new_zeros(m, 0), 0.0, A.new_zeros(()), 1e-6, 0, precision)
         U = U[:, S > m * torch.finfo(A.dtype).eps * S[:1]]
         return torch.cat([U, torch.linalg.qr(U, mode="complete").Q[:, U.shape[1] : columns]], dim=1)
@@ -194,15 +206,17 @@ def _rsvd(
     if r >= KRYLOV_MIN_SIDE and k <= KRYLOV_MAX_SHARE * r:
         V = block_krylov(lambda X: _deflated_gram_apply(B, Q, wide, X), r, k, like=B, tol=tol, seed=seed)
     else:
-        V, eigenvectors = _leading(B, Q, wide, k, precision)
+        V, eigenvectors = leading(*_products(B, Q, wide), r, k, B.dtype, precision)
     Y = _image(B, Q, wide, V.to(B.dtype))  # [p, k]
-    if eigenvectors:
-        last, first = torch.linalg.vector_norm(Y[:, -1:]), torch.linalg.vector_norm(Y[:, :1])
-        if B.dtype == torch.float32 and bool(last < STEEP * first):
-            B, Q = B.double(), Q.double()
-            Y = _image(B, Q, wide, V)
-        squares, W = torch.linalg.vector_norm(Y, dim=0).double().square(), None
-    else:  # Rayleigh-Ritz: whatever basis of the subspace V is, its rotation by the SVD of Y gives the triplets
+    squares, W = torch.linalg.vector_norm(Y, dim=0).double().square(), None
+    if eigenvectors and B.dtype == torch.float32 and bool(squares[-1] < STEEP**2 * squares[0]):
+        B, Q = B.double(), Q.double()
+        Y = _image(B, Q, wide, V.double())
+        squares = torch.linalg.vector_norm(Y, dim=0).square()
+    if bool((squares[1:] > squares[:-1]).any()):  # near ones, by rounding
+        squares, order = squares.sort(descending=True)
+        V, Y = V[:, order], Y[:, order]
+    if not eigenvectors:  # Rayleigh-Ritz: whatever basis of the subspace V is, the SVD of Y turns it to the triplets
         squares, W = torch.linalg.eigh(gram(Y.double()))
         squares, W = squares.flip(0), W.flip(1)
     V = V.to(B.dtype)
@@ -219,16 +233,16 @@ def _rsvd(
     return U.to(A.dtype), S, Vh.to(A.dtype)
 
 
-def _leading(B: Tensor, Q: Tensor, wide: bool, k: int, precision: str) -> tuple[Tensor, bool]:
-    """`leading` for the small-side Gram of (I - QQᵀ) A, where B = Aᵀ if wide else A."""
-
-    def apply(X: Tensor) -> Tensor:
-        return _deflated_gram_apply(B.double(), Q.double(), wide, X)
+def _products(B: Tensor, Q: Tensor, wide: bool) -> tuple[GramIn, Apply]:
+    """The small-side Gram of (I - QQᵀ) A, where B = Aᵀ if wide else A: formed in a dtype, or applied in float64."""
 
     def gram_in(dtype: torch.dtype) -> tuple[Tensor, float]:
         return _deflated_gram(B.to(dtype), Q.to(dtype), wide)
 
-    return leading(gram_in, apply, B.shape[1], k, B.dtype, precision)
+    def apply(X: Tensor) -> Tensor:
+        return _deflated_gram_apply(B.double(), Q.double(), wide, X)
+
+    return gram_in, apply
 
 
 def _image(B: Tensor, Q: Tensor, wide: bool, V: Tensor) -> Tensor:
