@@ -16,21 +16,24 @@ from torch import Tensor
 RESULTS = Path(__file__).parent / "results"
 
 
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+
+
 def machine() -> dict[str, object]:
     """Processor, threads, versions and commit."""
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent
-    )
+    commit = git("describe", "--always", "--exclude=*")
+    changed = git("status", "--porcelain", "--", ":/", ":!results")
     return {
         "processor": names[0] if names else platform.processor(),
         "cores": len(names),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "blas": "MKL" if torch.backends.mkl.is_available() else "other",
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": (commit + "-dirty" * bool(changed)) or "unknown",
     }
 
 

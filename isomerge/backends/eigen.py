@@ -150,7 +150,8 @@ def leading(gram_in: GramIn, apply: Apply, r: int, k: int, dtype: torch.dtype, p
 
 
 def _applied(G: Tensor) -> Apply:
-    return lambda X: times(G, X.to(G.dtype)).double()
+    G = G.double()  # a float32 product would round by several times more than the float32 Gram
+    return lambda X: times(G, X)
 
 
 def _corrected(apply: Callable[[Tensor], Tensor], G: Tensor, values: Tensor, V: Tensor, k: int, size: int) -> Tensor:
