@@ -86,11 +86,10 @@ def subspace(A: Tensor, k: int, *, full: bool, precision: str) -> Tensor:
     columns = m if full else k
 
     def one(A: Tensor) -> Tensor:
+        if m <= n and full:
+            return split_basis(gram(A.mT.double()), k, A.dtype, precision).to(A.dtype)
         if m <= n:
-            products = _products(A.mT, A.new_zeros(m, 0), True)
-            if full:
-                return split_basis(*products, m, k, A.dtype, precision).to(A.dtype)
-            return leading(*products, m, k, A.dtype, precision)[0].to(A.dtype)
+            return leading(*_products(A.mT, A.new_zeros(m, 0), True), m, k, A.dtype, precision)[0].to(A.dtype)
         U, S, _ = _rsvd(A, min(k, n), A.new_zeros(m, 0), 0.0, A.new_zeros(()), 1e-6, 0, precision)
         U = U[:, S > m * torch.finfo(A.dtype).eps * S[:1]]
         return torch.cat([U, torch.linalg.qr(U, mode="complete").Q[:, U.shape[1] : columns]], dim=1)
@@ -213,9 +212,6 @@ def _rsvd(
         B, Q = B.double(), Q.double()
         Y = _image(B, Q, wide, V.double())
         squares = torch.linalg.vector_norm(Y, dim=0).square()
-    if bool((squares[1:] > squares[:-1]).any()):  # near ones, by rounding
-        squares, order = squares.sort(descending=True)
-        V, Y = V[:, order], Y[:, order]
     if not eigenvectors:  # Rayleigh-Ritz: whatever basis of the subspace V is, the SVD of Y turns it to the triplets
         squares, W = torch.linalg.eigh(gram(Y.double()))
         squares, W = squares.flip(0), W.flip(1)

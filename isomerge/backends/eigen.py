@@ -121,15 +121,13 @@ Apply = Callable[[Tensor], Tensor]
 
 
 def leading(gram_in: GramIn, apply: Apply, r: int, k: int, dtype: torch.dtype, precision: str) -> tuple[Tensor, bool]:
-    """Orthonormal basis [r, k] of the dominant eigenspace, and whether its columns are eigenvectors.
+    """Orthonormal basis [r, k] of the dominant eigenspace, and whether its columns are eigenvectors in float64.
 
     `apply` multiplies by the Gram in float64; dtype is that of the matrix whose Gram it is. Few directions come from a
     filtered subspace iteration, up to half from a float32 eigensolve, corrected where the mixing at the k-th
-    eigenvalue asks for it, more from the complement of the others (`split_basis`).
+    eigenvalue asks for it, more from a float64 one.
     """
-    if 2 * k > r:
-        return split_basis(gram_in, apply, r, k, dtype, precision, eigenvectors=True)[:, :k], True
-    if dtype == torch.float32 and precision != "exact":
+    if dtype == torch.float32 and precision != "exact" and 2 * k <= r:
         tolerance = SUBSPACE_SHARE * TOLERANCE[precision]
         G, inflation = gram_in(torch.float32)
         product = noise(dtype, GRAM_ERROR * inflation)
@@ -143,9 +141,8 @@ def leading(gram_in: GramIn, apply: Apply, r: int, k: int, dtype: torch.dtype, p
             return V[:, -k:].flip(1), False
         size = k + max(8, k // 3)  # columns in which the k-th eigenvalue is well inside
         if 2 * size <= r and error <= FIRST_ORDER:
-            if mixing(values, k, product) <= tolerance:  # the float32 Gram itself is good enough
-                apply = _applied(G)
-            return _corrected(apply, G, values, V, k, size), False
+            exact = mixing(values, k, product) > tolerance
+            return _corrected(apply if exact else _applied(G), G, values, V, k, size), False
     return torch.linalg.eigh(gram_in(torch.float64)[0]).eigenvectors[:, r - k :].flip(1), True
 
 
@@ -170,33 +167,23 @@ def _corrected(apply: Callable[[Tensor], Tensor], G: Tensor, values: Tensor, V: 
     return times(X, torch.linalg.solve_triangular(L.mT, W, upper=True).flip(1))
 
 
-def split_basis(
-    gram_in: GramIn, apply: Apply, r: int, k: int, dtype: torch.dtype, precision: str, *, eigenvectors: bool = False
-) -> Tensor:
-    """Orthonormal basis [r, r] whose first k columns span the dominant eigenspace, the others its complement.
+def split_basis(G: Tensor, k: int, dtype: torch.dtype, precision: str) -> Tensor:
+    """Orthonormal basis [r, r] whose first k columns span the dominant eigenspace of G, the others its complement.
 
-    A float32 eigensolve, of which the smaller part is decoupled in float64; all in float64 where that is not enough,
-    or where the first k must be `eigenvectors` and near ones are not told apart. Arguments as for `leading`.
+    G in float64, of a matrix in `dtype`. A float32 eigensolve, of which the smaller part is decoupled in float64.
     """
     if dtype == torch.float32 and precision != "exact":
-        tolerance = SUBSPACE_SHARE * TOLERANCE[precision]
-        G, inflation = gram_in(torch.float32)
-        product = noise(dtype, GRAM_ERROR * inflation)
-        values, V = torch.linalg.eigh(G)
-        error = mixing(values, k, product + noise(dtype))
-        close = eigenvectors and unresolved(values[r - k :], product + noise(dtype), TOLERANCE[precision]) > 0
-        if error <= tolerance and not close:
+        values, V = torch.linalg.eigh(G.float())
+        error = mixing(values, k, noise(dtype))
+        if error <= SUBSPACE_SHARE * TOLERANCE[precision]:
             return V.flip(1)
+        r = G.shape[0]
         share = min(k, r - k)
         size = share + max(8, share // 3)
-        if 2 * size <= r and error <= FIRST_ORDER and not close:
-            if mixing(values, k, product) <= tolerance:
-                apply = _applied(G)
-            elif 6 * size > r:  # two products with this block cost more than the Gram in float64
-                apply = _applied(gram_in(torch.float64)[0])
+        if 2 * size <= r and error <= FIRST_ORDER:
             low = 2 * k > r  # the smaller part is at the lower end
             block, rest = (slice(size), slice(size, r)) if low else (slice(r - size, r), slice(r - size))
-            X, others = decoupled(apply, values[rest], V[:, block], V[:, rest])
-            X = times(X, torch.linalg.eigh(X.mT @ apply(X)).eigenvectors)
+            X, others = decoupled(lambda X: times(G, X), values[rest], V[:, block], V[:, rest])
+            X = times(X, torch.linalg.eigh(X.mT @ times(G, X)).eigenvectors)
             return torch.cat([X, others.double()] if low else [others.double(), X], dim=1).flip(1)
-    return torch.linalg.eigh(gram_in(torch.float64)[0]).eigenvectors.flip(1)
+    return torch.linalg.eigh(G).eigenvectors.flip(1)
