@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 TASKS  ?= 5
 BIN    := $(VENV)/bin
 
-.PHONY: test demo bench lint clean
+.PHONY: test demo ablation bench lint clean
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
@@ -19,6 +19,9 @@ lint: $(VENV)/.test
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --tasks $(TASKS)
+
+ablation: $(VENV)/.demo
+	$(BIN)/python examples/ablation.py --tasks $(TASKS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks

@@ -21,3 +21,15 @@ def synthetic(T: int, m: int, n: int, *, seed: int = 0) -> Tensor:
         signal = (torch.randn(m, 64, generator=generator) * decay) @ torch.randn(64, n, generator=generator) / n**0.5
         result[t] = (signal + 0.05 * torch.randn(m, n, generator=generator)) * 1e-3
     return result
+
+
+def activations(T: int, tokens: int, n: int, *, seed: int = 0) -> Tensor:
+    """[T, tokens, n] float32 inputs of a layer: a mean, and a spectrum that falls by 1e2 in a basis common to tasks."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    basis = torch.linalg.qr(torch.randn(n, n, generator=generator)).Q
+    mean = torch.randn(n, generator=generator)
+    result = torch.empty(T, tokens, n)
+    for t in range(T):
+        spectrum = torch.logspace(0, -2, n) * torch.empty(n).uniform_(0.5, 2.0, generator=generator)
+        result[t] = (torch.randn(tokens, n, generator=generator) * spectrum) @ basis.T + 0.1 * mean
+    return result

@@ -1,6 +1,7 @@
-"""Whole merges against the papers' computation: `python benchmarks/merges.py [methods] [models] [memory]`.
+"""Whole merges against the papers' computation: `python benchmarks/merges.py [methods] [esm] [models] [memory]`.
 
 methods  one ViT-B/32 block (synthetic deltas), T = 8 and 20: time and error of both, interleaved in this process
+esm      the same block, T = 8, from synthetic inputs of its layers: the moments are part of the time
 models   the real experts of the demo (run `make demo` first): the same on every matrix of the model
 memory   peak resident memory of `isomerge merge` on a base and eight experts on disk, and of holding all in memory
 """
@@ -18,11 +19,11 @@ from pathlib import Path
 import measure
 import papers
 import torch
-from deltas import VIT_B32, synthetic
+from deltas import VIT_B32, activations, synthetic
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from isomerge import methods
+from isomerge import methods, ops
 from isomerge.checkpoint import open_checkpoint
 from isomerge.families import classify, recognise
 
@@ -75,6 +76,45 @@ def run_methods(rounds: int, tasks: list[int], names: list[str]) -> None:
     title = f"One ViT-B/32 block, seconds per matrix, median of {rounds} interleaved rounds"
     name = "-".join(["methods-cpu", *(f"T{T}" for T in tasks)])
     print(measure.save(name, title, [measure.table(COLUMNS, rows)], {"rows": data}))
+
+
+def esm(deltas: Tensor, inputs: Tensor) -> Tensor:
+    """From inputs [L, T, N, n]: their second moments, or for wide matrices those of the shifts, and the merge."""
+    m, n = deltas.shape[-2:]
+    return methods.esm(deltas, ops.shift_cov(inputs, deltas if m < n else None))
+
+
+def run_esm(rounds: int, token_counts: list[int]) -> None:
+    """isomerge works on two layers at a time, as it merges; the papers' computation on the first of them."""
+    T = 8
+    rows, data = [], []
+    for tokens in token_counts:
+        totals = {"papers s": 0.0, "isomerge s": 0.0}
+        for matrix, shape in VIT_B32.items():
+            deltas = torch.stack([synthetic(T, *shape, seed=layer + 1) for layer in range(LAYERS)])
+            inputs = torch.stack([activations(T, tokens, shape[1], seed=layer + 1) for layer in range(LAYERS)])
+            first = deltas[0], inputs[0]
+            run = {"papers": lambda first=first: papers.esm(*first), "isomerge": lambda d=deltas, x=inputs: esm(d, x)}
+            times, results = measure.interleaved(run, rounds)
+            times["isomerge"] /= LAYERS
+            moments = ops.shift_cov(first[1], precision="exact")
+            exact = methods.esm(first[0].double(), moments, backend="reference")
+            papers_error, error = (measure.error(r, exact) for r in (results["papers"], results["isomerge"][0]))
+            assert error <= max(2 * papers_error, 1e-4), (matrix, tokens, error, papers_error)
+            got = {
+                "papers s": times["papers"],
+                "isomerge s": times["isomerge"],
+                "papers error": papers_error,
+                "isomerge error": error,
+            }
+            rows.append(row(T, f"{matrix} {shape[0]}x{shape[1]}, {tokens} tokens", "esm", got))
+            data.append({"T": T, "matrix": matrix, "tokens": tokens, **got})
+            totals = {key: totals[key] + got[key] for key in totals}
+            print(*rows[-1], flush=True)
+        rows.append(row(T, f"**whole block**, {tokens} tokens", "esm", totals))
+        print(*rows[-1], flush=True)
+    title = f"ESM on one ViT-B/32 block, seconds per matrix, median of {rounds} interleaved rounds"
+    print(measure.save("esm-cpu", title, [measure.table(COLUMNS, rows)], {"rows": data}))
 
 
 def run_models(rounds: int, folder: Path) -> None:
@@ -145,7 +185,7 @@ def run_memory() -> None:
         size = (folder / "base.safetensors").stat().st_size
         largest = EXPERTS * 3072 * 768 * 4
         bound = size + 3 * largest + 500_000_000
-        for method in methods.METHODS:
+        for method in (name for name, row in methods.METHODS.items() if not row.moments):
             models = "".join(f"  - model: expert{t}.safetensors\n" for t in range(EXPERTS))
             recipe = folder / f"{method}.yaml"
             recipe.write_text(f"merge_method: {method}\nbase_model: base.safetensors\nmodels:\n{models}")
@@ -167,15 +207,18 @@ def run_memory() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["methods", "models", "memory"], metavar="WHAT")
+    parser.add_argument("what", nargs="*", default=["methods", "esm", "models", "memory"], metavar="WHAT")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tasks", type=int, nargs="+", default=[8, 20], help="of `methods`")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1600, 8224], help="of `esm`: inputs per task")
     parser.add_argument("--names", nargs="+", default=list(papers.METHODS), help="of `methods`: which methods")
     parser.add_argument("--models", type=Path, default=Path(".demo"), help="the demo's cache: base/, experts/")
     arguments = parser.parse_args()
     for what in arguments.what:
         if what == "methods":
             run_methods(arguments.rounds, arguments.tasks, arguments.names)
+        elif what == "esm":
+            run_esm(arguments.rounds, arguments.tokens)
         elif what == "memory":
             run_memory()
         elif arguments.models.exists():

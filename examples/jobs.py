@@ -1,4 +1,4 @@
-"""What the worker processes do: train an expert, test the base, run one merge method from recipe to test accuracy.
+"""What the worker processes do: train an expert, capture its statistics, run a merge method from recipe to accuracy.
 
 A worker computes on one thread and never shares a computation with another, so that results depend neither on the
 number of workers nor on which of them takes which job.
@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from capturing import Capture, Sampling, draw, run_capture
 from encoder import (
     FAST_BFLOAT16,
     MAX_TOKENS,
@@ -119,15 +121,30 @@ def test_base(study: Study) -> dict[str, list[bool]]:
     return _marks(study, load_encoder(study.base), "test", study.fast_test)
 
 
-def run_method(study: Study, method: Method, experts: list[Expert]) -> Merged:
+def capture_statistics(study: Study, expert: Expert, sampling: Sampling) -> Capture:
+    """What the expert's layers see on a few training texts."""
+    task = _read_texts(study, sampling.source(study.tasks, expert.task))
+    return run_capture(expert.folder, draw(task, sampling), MAX_TOKENS)
+
+
+def run_method(
+    study: Study, method: Method, experts: list[Expert], statistics: Sequence[Path] = (), name: str | None = None
+) -> Merged:
     """Merges, chooses alpha on the validation texts, merges again with it, and tests the folder that came out.
 
-    The merged weights are base + alpha * update, so one merge at alpha = 1 gives the models of every alpha.
+    The merged weights are base + alpha * update, so one merge at alpha = 1 gives the models of every alpha. Recipe and
+    folder are called `name`, by default as the method is in recipes.
     """
+    name = name or method.recipe_name
+    recipe, out = study.scratch / "recipes" / f"{name}.yaml", study.scratch / "merged" / name
+
+    def merge(alpha: float) -> Merge:
+        write_recipe(recipe, method, study.base, [expert.folder for expert in experts], alpha, statistics)
+        return run_merge(recipe, out)
+
     alpha, curve = 1.0, {}
-    out = study.scratch / "merged" / method.recipe_name
     if not method.fixed_alpha:
-        _merge(study, method, experts, 1.0, out)
+        merge(alpha)
         model, update = load_encoder(study.base), _Update(study.base, out)
         expert_accuracy = {expert.task: accuracy(expert.validation) for expert in experts}
 
@@ -136,8 +153,8 @@ def run_method(study: Study, method: Method, experts: list[Expert]) -> Merged:
             return normalised_accuracy(_marks(study, model, "validation", fast=True), expert_accuracy)
 
         alpha, curve = choose_alpha(score)
-    merge = _merge(study, method, experts, alpha, out)
-    return Merged(method, alpha, curve, merge, _marks(study, load_encoder(out), "test", study.fast_test))
+    final = merge(alpha)
+    return Merged(method, alpha, curve, final, _marks(study, load_encoder(out), "test", study.fast_test))
 
 
 class _Update:
@@ -153,12 +170,6 @@ class _Update:
             for name, parameter in model.named_parameters():
                 base = self.base[name]
                 parameter.copy_(base + alpha * (self.merged[name] - base))
-
-
-def _merge(study: Study, method: Method, experts: list[Expert], alpha: float, out: Path) -> Merge:
-    recipe = study.scratch / "recipes" / f"{method.recipe_name}.yaml"
-    write_recipe(recipe, method, study.base, [expert.folder for expert in experts], alpha)
-    return run_merge(recipe, out)
 
 
 def _marks(study: Study, model: nn.Module, part: str, fast: bool) -> dict[str, list[bool]]:

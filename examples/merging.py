@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+from commands import run_isomerge
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +19,9 @@ class Method:
 
     title: str
     recipe_name: str
-    parameters: tuple[tuple[str, float], ...] = ()
+    parameters: tuple[tuple[str, float | str], ...] = ()
     fixed_alpha: bool = False
+    needs_statistics: bool = False
 
 
 METHODS = (
@@ -31,15 +31,15 @@ METHODS = (
     Method("TSV-M", "tsvm"),
     Method("Iso-C", "iso_c"),
     Method("Iso-CTS", "iso_cts", (("common_space_fraction", 0.8),)),
+    Method("ESM", "esm", (("preset", "text"),), needs_statistics=True),
 )
 REFERENCE = "task arithmetic"
 
 # Preferred numbers, ten to the decade: neighbours differ by a quarter, which moves the accuracy by less than its error.
-ALPHAS = (0.1, 0.125, 0.16, 0.2, 0.25, 0.32, 0.4, 0.5, 0.63, 0.8, 1.0, 1.25, 1.6, 2.0, 2.5, 3.2, 4.0, 5.0)
-
-
-class MergeFailed(RuntimeError):
-    """`isomerge merge` did not exit with 0; the message is its last words."""
+ALPHAS = (
+    *(0.1, 0.125, 0.16, 0.2, 0.25, 0.32, 0.4, 0.5, 0.63, 0.8),
+    *(1.0, 1.25, 1.6, 2.0, 2.5, 3.2, 4.0, 5.0, 6.3, 8.0, 10.0),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,21 @@ class Merge:
     peak_bytes: int | None  # None where the system does not tell
 
 
-def write_recipe(path: Path, method: Method, base: Path, experts: Sequence[Path], alpha: float) -> None:
-    """The recipe of one merge, in the keys that mergekit's users know; paths start at the recipe's folder."""
+def write_recipe(
+    path: Path, method: Method, base: Path, experts: Sequence[Path], alpha: float, statistics: Sequence[Path] = ()
+) -> None:
+    """The recipe of one merge, in the keys that mergekit's users know; paths start at the recipe's folder.
+
+    `statistics` are the experts' files; only the recipe of a method that needs them names them.
+    """
+    models = [{"model": os.path.relpath(expert, path.parent)} for expert in experts]
+    if method.needs_statistics:
+        for model, file in zip(models, statistics, strict=True):
+            model["statistics"] = os.path.relpath(file, path.parent)
     recipe = {
         "merge_method": method.recipe_name,
         "base_model": os.path.relpath(base, path.parent),
-        "models": [{"model": os.path.relpath(expert, path.parent)} for expert in experts],
+        "models": models,
         "parameters": {"alpha": alpha, **dict(method.parameters)},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,19 +72,12 @@ def write_recipe(path: Path, method: Method, base: Path, experts: Sequence[Path]
 
 
 def run_merge(recipe: Path, out: Path) -> Merge:
-    """Runs `isomerge merge recipe out` in a process of its own, on one thread as everything in the demo.
+    """Runs `isomerge merge recipe out` in a process of its own.
 
     Raises:
-        MergeFailed: it exited with anything but 0.
+        CommandFailed: it exited with anything but 0.
     """
-    command = [sys.executable, "-m", "isomerge.cli", "merge", str(recipe), str(out), "--force", "--quiet"]
-    started = time.perf_counter()
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-    seconds = time.perf_counter() - started
-    if done.returncode != 0:
-        raise MergeFailed(f"`isomerge merge {recipe.name}` exited with {done.returncode}: {done.stderr.strip()[-800:]}")
+    seconds = run_isomerge("merge", recipe, out, "--force")
     report = json.loads((out / "isomerge_report.json").read_text())
     return Merge(seconds, report["totals"]["peak_bytes"])
 
@@ -86,7 +88,7 @@ def choose_alpha(
     """The best of ascending `alphas` for a score with one peak, and every score that was taken on the way.
 
     Climbs from `start`, two steps at a time and then one; of equal scores the smaller alpha wins. A climb takes about
-    seven scores where the whole list has eighteen.
+    seven scores where the whole list has twenty-one.
     """
     taken: dict[float, float] = {}
 

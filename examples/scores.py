@@ -22,13 +22,13 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What the table says of one model (averaged over training seeds, when there are several)."""
+    """What the table says of one model (averaged over runs, when there are several)."""
 
     accuracy: dict[str, float]
     mean: float  # of the accuracies
     normalised: Estimate  # mean over tasks of accuracy / the expert's accuracy
     gain: Estimate  # normalised minus the reference method's, on the same resampled texts
-    spread: float  # standard deviation of `normalised` over training seeds; 0 with one
+    spread: float  # standard deviation of `normalised` over runs; 0 with one
 
 
 def accuracy(marks: Sequence[bool]) -> float:
@@ -42,10 +42,12 @@ def normalised_accuracy(hits: Hits, expert_accuracy: Mapping[str, float]) -> flo
 
 
 def summarise(runs: Sequence[Mapping[str, Hits]], experts: str, reference: str, seed: int = 0) -> dict[str, Row]:
-    """One row per model: `runs` holds, for each training seed, the hits of every model on the same test texts.
+    """One row per model: `runs` holds the hits of every model on the same test texts.
+
+    There is a run for each training seed, or each draw of the samples that statistics are captured on.
 
     Standard errors are bootstrapped: within each task the test texts are drawn with replacement, the same ones for
-    all models and all training seeds, so that differences between models are paired.
+    all models and all runs, so that differences between models are paired.
     """
     models, tasks = list(runs[0]), list(runs[0][experts])
     rng = np.random.default_rng(seed)

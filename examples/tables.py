@@ -1,12 +1,13 @@
-"""The table of the demo, once for the terminal and once as Markdown."""
+"""The tables of the demo and the ablation, once for the terminal and once as Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
 
+from capturing import Capture
 from merging import Merge
 from scores import Estimate, Row
 
@@ -48,14 +49,34 @@ def quality(rows: Mapping[str, Row], alphas: Mapping[str, Sequence[float]], refe
     return Grid(headings, lines)
 
 
-def costs(merges: Mapping[str, Sequence[Merge]]) -> Grid:
-    """Wall time and peak memory of each method's last merge (the slowest and the largest over the training seeds)."""
+def costs(merges: Mapping[str, Sequence[Merge]], captures: Mapping[str, Sequence[Capture]]) -> Grid:
+    """Wall time and peak memory of each method's last merge (the slowest and the largest over the training seeds).
+
+    Where a method needs statistics, also what those of one task cost: mean seconds of its capture, the largest file.
+    """
     lines = []
     for model, runs in merges.items():
         peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
         seconds = max(run.seconds for run in runs)
-        lines.append([model, f"{seconds:.1f}", f"{max(peaks) / 1e6:.0f}" if peaks else "-"])
-    return Grid(["isomerge merge", "seconds", "peak MB"], lines)
+        line = [model, f"{seconds:.1f}", f"{max(peaks) / 1e6:.0f}" if peaks else "-"]
+        if model in captures:
+            files = captures[model]
+            mean = sum(file.seconds for file in files) / len(files)
+            line += [f"{mean:.1f}", f"{max(file.bytes for file in files) / 1e6:.1f}"]
+        lines.append(line if model in captures else [*line, "-", "-"])
+    return Grid(["isomerge merge", "seconds", "peak MB", "capture, s per task", "statistics, MB per task"], lines)
+
+
+def ablation(
+    rows: Mapping[str, Row], alphas: Mapping[str, Sequence[float]], reference: str, repeated: Collection[str]
+) -> Grid:
+    """One line per variant, in percent; those in `repeated` are means over several draws of the samples."""
+    lines = []
+    for title, row in rows.items():
+        chosen = ", ".join(f"{alpha:g}" for alpha in alphas.get(title, ())) or "-"
+        figures = [f"{100 * row.mean:.1f}", _percent(row.normalised), _percent(row.gain, sign="+")]
+        lines.append([title, chosen, *figures, f"{100 * row.spread:.1f}" if title in repeated else "-"])
+    return Grid(["variant", "alpha", "mean", "normalised", f"against {reference}", "spread over draws"], lines)
 
 
 def _percent(estimate: Estimate, sign: str = "") -> str:

@@ -1,4 +1,4 @@
-"""The command line: `isomerge merge`, `plan`, `methods`, `doctor`. The only module that prints.
+"""The command line: `isomerge merge`, `plan`, `capture`, `inspect`, `methods`, `doctor`. The only module that prints.
 
 Exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted. Errors are one line on stderr.
 """
@@ -21,11 +21,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from isomerge import __version__
 from isomerge.errors import InputError
 
 if TYPE_CHECKING:
+    from isomerge.capture import Progress as CaptureProgress
+    from isomerge.inspect import File, Inspection
     from isomerge.merge import Progress as MergeProgress
     from isomerge.plan import Plan
 
@@ -113,13 +116,107 @@ def plan_command(
         plan = job.plan
         if out is not None:
             inputs = [m.path for m in (plan.settings.base, *plan.settings.models) if m.path is not None]
-            check_output(out, plan.bytes_written, inputs)
+            check_output(out, plan.disk_bytes, inputs)
     if as_json:
         typer.echo(json.dumps(plan_data(plan, tensors), indent=1, ensure_ascii=False))
         return
     _print_plan(plan)
     if tensors:
         _print_tensors(plan)
+
+
+@app.command("capture")
+def capture_command(
+    model: Annotated[Path, typer.Option(help="Folder of the expert (Hugging Face).", show_default=False)],
+    data: Annotated[
+        Path, typer.Option(help="Texts (.txt, a sample per line, or .jsonl) or a folder of images.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("-o", "--output", help="Statistics file to write.", show_default=False)],
+    samples: Annotated[int, typer.Option(min=1, help="How many samples to draw.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="The model it was tuned from: smaller statistics of wide layers.", show_default=False),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples that run at a time.")] = 8,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Truncate texts to so many tokens.", show_default=False)
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Field of a JSONL line that holds the text.")] = "text",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip images that do not decode.")] = False,
+    device: Annotated[str, typer.Option(help="Device to run the model on.")] = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing statistics file.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print a traceback when something fails.")] = False,
+) -> None:
+    """Run an expert on samples and write the statistics that merge_method esm needs."""
+    _set_debug(debug)
+    # Before huggingface_hub is imported, which reads them once: a capture never uses the network.
+    os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+    from isomerge.capture.pretrained import capture_pretrained
+    from isomerge.output import gigabytes
+
+    started = time.monotonic()
+    with _capture_progress(quiet) as progress:
+        found = capture_pretrained(
+            model,
+            data,
+            path=out,
+            samples=samples,
+            seed=seed,
+            base=base,
+            batch_size=batch_size,
+            max_length=max_length,
+            text_field=text_field,
+            skip_bad=skip_bad,
+            device=device,
+            overwrite=force,
+            progress=progress,
+        )
+    if quiet:
+        return
+    for warning in found.warnings:
+        _out.print(f"warning: {warning}", markup=False)
+    _out.print(
+        f"{out}: {len(found.layers)} layers, {found.tokens} tokens of {found.samples} samples, "
+        f"{gigabytes(out.stat().st_size)} in {_duration(time.monotonic() - started)}",
+        markup=False,
+    )
+
+
+@app.command("inspect")
+def inspect_command(
+    statistics: Annotated[list[Path], typer.Argument(help="Statistics files.", metavar="STATS", show_default=False)],
+    base: Annotated[
+        Path | None, typer.Option(help="The model that the experts were tuned from.", show_default=False)
+    ] = None,
+    model: Annotated[
+        list[Path] | None, typer.Option(help="The expert of a file; once for each, in order.", show_default=False)
+    ] = None,
+    tasks: Annotated[
+        int | None,
+        typer.Option(help="T in s = floor(m / T), by default the number of files.", show_default=False),
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw a picture into this file.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print a traceback when something fails.")] = False,
+) -> None:
+    """Show the spectra of second moments or, with the models, the energy that s directions of each layer keep."""
+    _set_debug(debug)
+    from isomerge.inspect import check_picture, inspect, save_picture
+
+    if png is not None:
+        check_picture(png)
+    with _layers_progress() as progress:
+        found = inspect(statistics, base=base, models=model or (), tasks=tasks, progress=progress)
+    if png is not None:
+        save_picture(found, png)
+    if as_json:
+        typer.echo(json.dumps(found.data(), indent=1, ensure_ascii=False))
+        return
+    _print_inspection(found)
+    if png is not None:
+        _out.print(f"picture: {png}", markup=False)
 
 
 @app.command("methods")
@@ -239,6 +336,44 @@ def _progress(quiet: bool) -> Iterator[Callable[[MergeProgress], None] | None]:
         yield _Lines()
 
 
+@contextmanager
+def _capture_progress(quiet: bool) -> Iterator[Callable[[CaptureProgress], None] | None]:
+    """As `_progress`, for the samples of a capture."""
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        with Progress(
+            TextColumn("capturing"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        ) as bar:
+            task = bar.add_task("capturing", total=None, text="")
+
+            def update(state: CaptureProgress) -> None:
+                bar.update(task, total=state.samples_total, completed=state.samples_done, text=_of_samples(state))
+
+            yield update
+    else:
+        tenth = 0
+
+        def line(state: CaptureProgress) -> None:
+            nonlocal tenth
+            now = 10 * state.samples_done // max(1, state.samples_total or 0)
+            if now > tenth:
+                tenth = now
+                print(f"{10 * now}%  {_of_samples(state)}", file=sys.stderr, flush=True)
+
+        yield line
+
+
+def _of_samples(state: CaptureProgress) -> str:
+    return f"{state.samples_done} of {state.samples_total} samples  {state.tokens} tokens"
+
+
 class _Lines:
     """Progress as plain lines on stderr: one per tenth of the bytes."""
 
@@ -258,6 +393,24 @@ class _Lines:
             file=sys.stderr,
             flush=True,
         )
+
+
+@contextmanager
+def _layers_progress() -> Iterator[Callable[[int, int, str], None] | None]:
+    """As `_progress`, for the layers of an inspection: a bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with Progress(
+        TextColumn("inspecting"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} layers"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task("inspecting", total=None)
+        yield lambda done, total, name: bar.update(task, completed=done, total=total)
 
 
 def _of_bytes(state: MergeProgress) -> str:
@@ -295,7 +448,7 @@ def _print_plan(plan: Plan) -> None:
     _out.print(
         f"total: {len(plan.assignments)} tensors, {plan.matrices} matrices, {plan.flops:.2e} FLOPs, "
         f"{gigabytes(plan.bytes_read)} read, peak memory about {gigabytes(plan.peak_bytes)}, "
-        f"disk {gigabytes(plan.bytes_written)}"
+        f"disk {gigabytes(plan.disk_bytes)}"
     )
     for warning in plan.warnings:
         _out.print(f"warning: {warning}", markup=False)
@@ -312,6 +465,97 @@ def _print_tensors(plan: Plan) -> None:
         layout = " stored in x out" if a.kind.transposed else ""
         stack = f" {a.kind.slices} matrices" if a.kind.slices > 1 else ""
         _out.print(f"{a.name}  {shape}  {a.kind.kind}{stack}{layout}  {what}", markup=False)
+
+
+# An inspection --------------------------------------------------------------------------------------------------
+
+_FIGURES = {  # heads of their columns
+    "leading_1": "in 1 %",
+    "leading_5": "in 5 %",
+    "leading_12.5": "in 12.5 %",
+    "esd": "ESD",
+    "svd": "SVD",
+    "svd_shift": "SVD, shifts",
+}
+
+
+def _print_inspection(inspection: Inspection) -> None:
+    for file in inspection.files:
+        _print_file(file)
+    if inspection.tasks is None:
+        _out.print("in x %: the share of the energy, in percent, of that many leading eigenvalues", markup=False)
+        return
+    _out.print(
+        f"energy kept, in percent, by s = floor(m / {inspection.tasks}) directions. ESD: of the feature shifts, by "
+        "their leading principal directions; SVD: of the update, by its leading singular directions, and in the last "
+        "column of the feature shifts by the same",
+        markup=False,
+    )
+
+
+def _print_file(file: File) -> None:
+    from isomerge.output import gigabytes
+    from isomerge.schedule import layer_type
+
+    of = "" if file.model is None else f" of {file.model}"
+    _out.print(
+        f"{file.path}{of}: {file.samples} samples, up to {file.tokens} tokens; {len(file.layers)} layers, "
+        f"{file.moments} moments, {gigabytes(file.bytes)}",
+        markup=False,
+    )
+    figures = [_FIGURES[name] for name in next(iter(file.layers.values())).figures]
+    cells = []
+    for name, found in file.layers.items():
+        layer, kept = found.layer, found.kept
+        shape = [str(layer.size)] if kept is None else [f"{found.m}x{found.n}", str(kept.s)]
+        energies = map(_percent, found.figures.values())
+        cells.append([name, str(layer.tokens), layer.space, *shape, str(found.rank), *energies])
+    shape = ["d"] if file.model is None else ["shape", "s"]
+    _print_table(["layer", "tokens", "space", *shape, "rank", *figures], cells)
+    cells = []
+    for name, total in file.types.items():
+        pairs = zip(total.mean.values(), total.least.values(), strict=True)
+        cells.append([name, str(total.layers), *(f"{_percent(mean)} / {_percent(least)}" for mean, least in pairs)])
+    _print_table(["mean / least", "layers", *figures], cells)
+    alike: dict[tuple[str, ...], int] = {}
+    for names in file.shared:
+        types = tuple(layer_type(name) for name in names)
+        alike[types] = alike.get(types, 0) + 1
+    for types, count in alike.items():
+        times = "" if count == 1 else f" ({count} times)"
+        _out.print(f"one moment for {', '.join(types)}{times}", markup=False)
+    for warning in file.warnings:
+        _out.print(f"warning: {warning}", markup=False)
+
+
+def _print_table(heads: list[str], cells: list[list[str]]) -> None:
+    """Names left and values right; names are shortened where a terminal is too narrow for them."""
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    values = sum(widths[1:]) + 2 * len(widths[1:])
+    room = min(widths[0], max(20, _out.width - values)) if _out.is_terminal else widths[0]
+    table = Table(box=None, pad_edge=False, width=room + values)
+    for index, (head, width) in enumerate(zip(heads, [room, *widths[1:]], strict=True)):
+        table.add_column(Text(head), justify="right" if index else "left", no_wrap=True, width=width)
+    for name, *others in cells:
+        table.add_row(*map(Text, (_shortened(name, room), *others)))
+    _out.print(table)
+
+
+def _shortened(name: str, room: int) -> str:
+    """`encoder.layer.0.attention.self.query.weight` -> `e.l.0.a.self.query.weight`: as many first letters as it takes,
+    for numbers and last parts tell layers apart; then without its front.
+    """
+    parts = name.split(".")
+    for index, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) <= room:
+            break
+        parts[index] = part if part.isdigit() else part[:1]
+    short = ".".join(parts)
+    return short if len(short) <= room else f"…{short[len(short) - room + 1 :]}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class Group:
     transposed: bool
     dtype: torch.dtype  # of the deltas
     units: tuple[Unit, ...]
+    moment_size: int = 0  # d of the second moments that go with the deltas; 0: none
 
 
 @dataclass(slots=True)
@@ -57,8 +58,19 @@ class Stack:
 
     deltas: Tensor  # [L, T, m, n], in the arithmetic dtype, each unit on its own cache lines
     base: list[Tensor]  # L tensors [m, n], in the arithmetic dtype
+    moments: Tensor | None = None  # [L, T, d, d], like the deltas
     bytes_read: int = 0
     nonfinite: dict[tuple[int, str], int] = field(default_factory=dict)  # (expert, tensor) -> entries set to zero
+
+
+class MomentSource(Protocol):
+    """The second moments of one expert's layers."""
+
+    label: str
+
+    def moment(self, name: str) -> Tensor:
+        """YᵀY [d, d] of the layer with the weight `name`; InputError unless it is a finite second moment."""
+        ...
 
 
 def cut(units: Sequence[Unit], length: int) -> Iterator[tuple[Unit, ...]]:
@@ -75,7 +87,8 @@ def pieces(count: int, experts: int) -> Iterator[tuple[int, int]]:
 
 
 class DeltaReader:
-    """Reads groups: delta_t = weight_t * (expert_t - base), the difference taken in the group's dtype, never below.
+    """Reads groups: delta_t = weight_t * (expert_t - base), the difference taken in the group's dtype, never below,
+    and where the group asks for them the second moments: YᵀY for inputs, weight_t² YᵀY for shifts Y = X delta_tᵀ.
 
     InputError names the file, the tensor and the count when a value is not finite. With `allow_nonfinite` such an
     entry of an expert counts as a delta of zero; in the base it is an error always.
@@ -87,19 +100,17 @@ class DeltaReader:
         experts: Sequence[Checkpoint],
         weights: Sequence[float],
         *,
+        moments: Sequence[MomentSource] = (),
         allow_nonfinite: bool = False,
     ) -> None:
-        self._base, self._experts, self._weights = base, experts, weights
+        self._base, self._experts, self._weights, self._moments = base, experts, weights, moments
         self._allow_nonfinite = allow_nonfinite
 
     def read(self, group: Group) -> Stack:
         m, n, experts = group.m, group.n, len(self._experts)
-        step = _ALIGN // group.dtype.itemsize
-        stride = -(-experts * m * n // step) * step
-        buffer = torch.empty(len(group.units) * stride, dtype=group.dtype)
-        deltas = buffer.as_strided((len(group.units), experts, m, n), (stride, m * n, n, 1))
-        stack = Stack(deltas, [self._read_base(unit, group, self._base) for unit in group.units])
-        stack.bytes_read += sum(self._nbytes(self._base, unit.name, unit) for unit in group.units)
+        deltas = _stack(len(group.units), experts, m, n, group.dtype)
+        stack = Stack(deltas, [self.read_base(unit, group) for unit in group.units])
+        stack.bytes_read += sum(self.base_bytes(unit) for unit in group.units)
         for t, (expert, weight) in enumerate(zip(self._experts, self._weights, strict=True)):
             for unit, base, target in zip(group.units, stack.base, deltas[:, t], strict=True):
                 raw = _matrix(_read(expert, unit.sources[t], unit), group)
@@ -109,9 +120,18 @@ class DeltaReader:
                 if weight != 1.0:
                     target.mul_(weight)
                 stack.bytes_read += self._nbytes(expert, unit.sources[t], unit)
+        if group.moment_size:
+            stack.moments = self._read_moments(group)
+            stack.bytes_read += len(group.units) * experts * moment_bytes(group.moment_size)
         return stack
 
-    def _read_base(self, unit: Unit, group: Group, base: Checkpoint) -> Tensor:
+    def base_bytes(self, unit: Unit) -> int:
+        """Bytes that reading the base's values of a unit takes."""
+        return self._nbytes(self._base, unit.name, unit)
+
+    def read_base(self, unit: Unit, group: Group) -> Tensor:
+        """The base's values of a unit, [m, n] in the group's dtype; InputError unless they are finite."""
+        base = self._base
         values = _matrix(_read(base, unit.name, unit), group).to(group.dtype).contiguous()
         if not _all_finite(values):
             count = int((~torch.isfinite(values)).sum())
@@ -121,6 +141,21 @@ class DeltaReader:
                     f'or copy the tensor unchanged with a rule {{filter: "{unit.name}", keep_base: true}}'
                 )
         return values
+
+    def _read_moments(self, group: Group) -> Tensor:
+        d = group.moment_size
+        moments = _stack(len(group.units), len(self._moments), d, d, group.dtype)
+        for t, (source, weight) in enumerate(zip(self._moments, self._weights, strict=True)):
+            for unit, target in zip(group.units, moments[:, t], strict=True):
+                name = unit.sources[t]
+                target.copy_(source.moment(name))
+                if d != group.n and weight != 1.0:  # of the shifts X deltaᵀ: they scale as the delta does
+                    target.mul_(weight**2)
+                if not _all_finite(target) and not bool(torch.isfinite(target).all()):
+                    raise InputError(
+                        f"{source.label}: {name}: second moments overflow {str(target.dtype)[6:]}; set `dtype: float64`"
+                    )
+        return moments
 
     def _zero_nonfinite(self, target: Tensor, raw: Tensor, expert: Checkpoint, name: str) -> int:
         """Sets the non-finite entries of a delta to zero and returns their number; an InputError unless allowed."""
@@ -145,6 +180,19 @@ class DeltaReader:
     @staticmethod
     def _nbytes(checkpoint: Checkpoint, name: str, unit: Unit) -> int:
         return unit.count * checkpoint.tensors[name].dtype.itemsize
+
+
+def moment_bytes(size: int) -> int:
+    """Bytes that reading one moment [d, d] counts for: those of float32, the format of statistics files."""
+    return 4 * size * size
+
+
+def _stack(length: int, experts: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Memory for [L, T, rows, columns], each of the L units on its own cache lines."""
+    step = _ALIGN // dtype.itemsize
+    stride = -(-experts * rows * columns // step) * step
+    buffer = torch.empty(length * stride, dtype=dtype)
+    return buffer.as_strided((length, experts, rows, columns), (stride, rows * columns, columns, 1))
 
 
 def _read(checkpoint: Checkpoint, name: str, unit: Unit) -> Tensor:

@@ -77,8 +77,11 @@ def _has_conv1d(shapes: Shapes) -> bool:
 
 FAMILIES: tuple[Family, ...] = (
     Family(
-        "clip",  # open_clip and OpenAI (`visual.`, `in_proj_weight`), transformers (`visual_projection`)
-        _has(r"(^|\.)(text_projection|visual_projection|visual\.proj)(\.weight)?$|^visual\.conv1\.weight$"),
+        "clip",  # open_clip and OpenAI (`visual.`, `in_proj_weight`), transformers (`visual_projection`, or one tower)
+        _has(
+            r"(^|\.)(text_projection|visual_projection|visual\.proj)(\.weight)?$|^visual\.conv1\.weight$"
+            r"|(^|\.)embeddings\.class_embedding$"
+        ),
         linear=r"(^|\.)visual\.(proj|head\.proj\.weight)$|(^|\.)visual_projection\.weight$",
         other=r"(^|\.)(text_projection|logit_scale|class_embedding|positional_embedding)(\.weight)?$",
         # `x @ proj` with proj [width, output]: the layer's matrix is its transpose

@@ -1,60 +1,30 @@
-"""The driver: for each group read -> method -> write. One engine for checkpoints on disk and models in memory.
-
-The same inputs and settings on one machine give the same bytes, whatever the groups, the shards and the reading
-thread do: methods compute each matrix of a stack as if it were alone, pieces have a size of their own, and random
-numbers are seeded by the tensor's name.
+"""Merging: a recipe and checkpoints on disk, or models in memory -> the merged model. One engine for both, in
+`isomerge.run`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from isomerge import output
 from isomerge.checkpoint import Checkpoint, MemoryWriter, TensorSpec, Writer, from_state_dict, open_checkpoint
-from isomerge.deltas import PIECE_ELEMENTS, DeltaReader, Group, Stack, Unit
 from isomerge.errors import InputError
-from isomerge.methods import METHODS
-from isomerge.plan import Assignment, Plan, build_plan, check_settings
-from isomerge.report import Report, new_report, peak_rss
-from isomerge.schedule import Step
+from isomerge.moments import Moments, check_fingerprints
+from isomerge.plan import Plan, build_plan, check_settings, needs_statistics
+from isomerge.report import Report, new_report
+from isomerge.run import Job, Progress, run
 from isomerge.settings import SCOPES, Model, Rule, Settings, finite_number, rule_from, split_alpha
+from isomerge.spool import Spool
+from isomerge.statistics import open_statistics
 
 SHARD_BYTES = 5_000_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a merge is; bytes are those read and written together."""
-
-    bytes_done: int
-    bytes_total: int
-    matrices_done: int
-    matrices_total: int
-    name: str  # the tensor just finished
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """Open checkpoints and the plan of their merge."""
-
-    plan: Plan
-    base: Checkpoint
-    experts: tuple[Checkpoint, ...]
-
-
-class _Sink(Protocol):
-    def write(self, name: str, tensor: Tensor, start: int = 0) -> None: ...
 
 
 def merge(
@@ -70,7 +40,7 @@ def merge(
     """Merges the checkpoints of a recipe into the folder `out` and returns what happened.
 
     `recipe` is a YAML file, or its content as a mapping (relative paths then start at the working directory).
-    `group_bytes` bounds the deltas that are computed at a time, one unit at least; by default the plan chooses.
+    `group_bytes` bounds the deltas and moments that are read at a time, one unit at least; by default the plan chooses.
     With `allow_nonfinite`, NaN and Inf entries of experts count as a delta of zero. InputError, with nothing written,
     for any mistake in the inputs; the folder appears whole at the end, or not at all.
     """
@@ -78,14 +48,17 @@ def merge(
     with open_job(recipe, group_bytes=group_bytes) as job:
         settings = job.plan.settings
         inputs = [model.path for model in (settings.base, *settings.models) if model.path is not None]
-        output.check_output(out, job.plan.bytes_written, inputs, overwrite=overwrite)
+        inputs += [model.statistics_path for model in settings.models if model.statistics_path is not None]
+        output.check_output(out, job.plan.disk_bytes, inputs, overwrite=overwrite)
         from isomerge import __version__
         from isomerge.recipe import dump_recipe
 
         report = new_report(job.plan, job.base, job.experts, __version__)
         metadata = {**job.base.metadata, "isomerge_version": __version__}
         with Writer(out, _specs(job.plan), shard_bytes=shard_bytes, metadata=metadata, overwrite=overwrite) as writer:
-            _run(job, writer, report, allow_nonfinite, progress)
+            # Beside the output, where the disk was found to have room.
+            with Spool(Path(os.path.realpath(out)).parent) as spool:
+                run(job, writer, spool, report, allow_nonfinite, progress)
             output.add_side_files(writer, job.base, job.plan, report, dump_recipe(settings))
             writer.commit()
     return report
@@ -97,6 +70,7 @@ def merge_state_dicts(
     *,
     method: str,
     weights: Sequence[float] | None = None,
+    statistics: Sequence[str | Path | Mapping[str, Tensor]] | None = None,
     scope: str = "default",
     rules: Sequence[Rule | Mapping[str, object]] = (),
     out_dtype: torch.dtype | None = None,
@@ -106,7 +80,10 @@ def merge_state_dicts(
     """The merge of models in memory, on the CPU, with the keys of `base` in their order: what `merge` would write.
 
     `parameters` are `alpha` and the method's own; `rules` are mappings with a recipe's keys. The inputs are not
-    modified. Tensors that share memory in `base` share it in the result. InputError for mistakes in the inputs.
+    modified. Tensors that share memory in `base` share it in the result. `statistics`, for methods that need them, has
+    for each expert a file or the second moments [d, d] by the weight's name, d = n for XᵀX of the layer's inputs, or m
+    for those of its shifts X deltaᵀ. With a `layer_exponent` other than 0 the updates of one type of layers at a time
+    wait in a file in the system's temporary folder. InputError for mistakes in the inputs.
     """
     where = "merge_state_dicts"
     if not experts:
@@ -118,12 +95,14 @@ def merge_state_dicts(
     given = [1.0] * len(experts) if weights is None else list(weights)
     if len(given) != len(experts):
         raise InputError(f"{where}: weights: {len(given)} for {len(experts)} experts; give one per expert")
+    sources = _statistics_given(statistics, len(experts), where)
     alpha, own = split_alpha(parameters, f"{where}: parameters")
     settings = Settings(
         method=method,
         base=Model("base"),
         models=tuple(
-            Model(f"experts[{i}]", None, finite_number(w, f"{where}: weights[{i}]")) for i, w in enumerate(given)
+            Model(f"experts[{i}]", None, finite_number(w, f"{where}: weights[{i}]"), *sources[i][:2])
+            for i, w in enumerate(given)
         ),
         parameters=own,
         alpha=1.0 if alpha is None else alpha,
@@ -138,19 +117,49 @@ def merge_state_dicts(
 
     opened = from_state_dict(base, "base")
     tuned = tuple(from_state_dict(expert, f"experts[{i}]") for i, expert in enumerate(experts))
-    plan = build_plan(settings, opened, tuned)
-    # Names on one tensor are joined again below, so that they share memory.
-    plan = replace(plan, assignments=tuple(replace(a, aliases=()) for a in plan.assignments))
-    job = Job(plan, opened, tuned)
-    with MemoryWriter(_specs(plan)) as writer:
-        _run(job, writer, new_report(plan, opened, tuned, __version__), False, None)
+    with ExitStack() as stack:
+        moments = _open_statistics(settings, stack, [values for *_, values in sources])
+        plan = build_plan(settings, opened, tuned, statistics=moments)
+        check_fingerprints(opened, tuned, moments)
+        # Names on one tensor are joined again below, so that they share memory.
+        plan = replace(plan, assignments=tuple(replace(a, aliases=()) for a in plan.assignments))
+        job = Job(plan, opened, tuned, moments)
+        writer = stack.enter_context(MemoryWriter(_specs(plan)))
+        spool = stack.enter_context(Spool())
+        run(job, writer, spool, new_report(plan, opened, tuned, __version__), False, None)
         writer.commit()
     return {name: writer.tensors[opened.aliases.get(name, name)] for name in base}
 
 
+_Given = tuple[str | None, Path | None, Mapping[str, Tensor] | None]  # name, file, or tensors in memory
+
+
+def _statistics_given(statistics: Sequence[object] | None, experts: int, where: str) -> list[_Given]:
+    """What `merge_state_dicts` was given for each expert."""
+    if statistics is None:
+        return [(None, None, None)] * experts
+    if isinstance(statistics, (str, Path, Mapping)) or len(statistics) != experts:
+        count = "one value" if isinstance(statistics, (str, Path, Mapping)) else str(len(statistics))
+        raise InputError(f"{where}: statistics: {count} for {experts} experts; give a list with one per expert")
+    given: list[_Given] = []
+    for index, value in enumerate(statistics):
+        if isinstance(value, (str, Path)):
+            given.append((str(value), Path(value), None))
+        elif isinstance(value, Mapping):
+            given.append((f"statistics[{index}]", None, value))
+        else:
+            raise InputError(
+                f"{where}: statistics[{index}]: expected a file or a mapping from names to tensors, got "
+                f"{type(value).__name__}"
+            )
+    return given
+
+
 @contextmanager
 def open_job(recipe: str | Path | Mapping[str, object], *, group_bytes: int | None = None) -> Iterator[Job]:
-    """The plan of a recipe with its checkpoints open. InputError for every mistake that headers can show."""
+    """The plan of a recipe with its checkpoints open. InputError for every mistake that headers can show, and for
+    statistics of other models, of which a few KB per layer are read.
+    """
     from isomerge.recipe import load_recipe, parse_recipe
 
     settings = parse_recipe(recipe, Path()) if isinstance(recipe, Mapping) else load_recipe(recipe)
@@ -158,7 +167,30 @@ def open_job(recipe: str | Path | Mapping[str, object], *, group_bytes: int | No
     with ExitStack() as stack:
         base = stack.enter_context(_open(settings.base))
         experts = tuple(stack.enter_context(_open(model)) for model in settings.models)
-        yield Job(build_plan(settings, base, experts, group_bytes=group_bytes), base, experts)
+        moments = _open_statistics(settings, stack, [None] * len(experts))
+        plan = build_plan(settings, base, experts, statistics=moments, group_bytes=group_bytes)
+        check_fingerprints(base, experts, moments)
+        yield Job(plan, base, experts, moments)
+
+
+def _open_statistics(
+    settings: Settings, stack: ExitStack, given: Sequence[Mapping[str, Tensor] | None]
+) -> tuple[Moments, ...]:
+    """The statistics of every expert, or none where no method needs them; `given` has those in memory."""
+    if needs_statistics(settings) is None:
+        return ()
+    found = []
+    for model, values in zip(settings.models, given, strict=True):
+        path, name = model.statistics_path, model.statistics
+        assert name is not None  # check_settings has seen to it
+        if values is not None:
+            found.append(Moments(values, name))
+            continue
+        assert path is not None
+        if not path.exists() and Path(name).exists():
+            raise InputError(f"{path}: does not exist; relative paths in a recipe start at the recipe's folder")
+        found.append(Moments(stack.enter_context(open_statistics(path)), str(path)))
+    return tuple(found)
 
 
 def _open(model: Model) -> Checkpoint:
@@ -170,161 +202,3 @@ def _open(model: Model) -> Checkpoint:
 
 def _specs(plan: Plan) -> list[TensorSpec]:
     return [TensorSpec(name, a.out_dtype, a.shape) for a in plan.assignments for name in (a.name, *a.aliases)]
-
-
-# The loop -------------------------------------------------------------------------------------------------------
-
-
-def _run(
-    job: Job,
-    sink: _Sink,
-    report: Report,
-    allow_nonfinite: bool,
-    progress: Callable[[Progress], None] | None,
-) -> None:
-    """Writes every tensor of the plan to the sink and completes the report."""
-    started = time.perf_counter()
-    run = _Run(job, sink, report, progress)
-    reader = DeltaReader(
-        job.base, job.experts, [model.weight for model in job.plan.settings.models], allow_nonfinite=allow_nonfinite
-    )
-    for assignment in job.plan.assignments:
-        if assignment.call is None:
-            run.copy(assignment)
-
-    def read(group: Group) -> tuple[Stack, float]:
-        before = time.perf_counter()
-        return reader.read(group), time.perf_counter() - before
-
-    with closing(_ahead(read, [step.group for step in job.plan.steps])) as stacks:
-        for step in job.plan.steps:
-            stack, seconds = next(stacks)
-            report.totals.read_seconds += seconds
-            run.step(step, stack)
-            del stack  # before the next is taken: two stacks in memory, never three
-    run.finish()
-    report.totals.seconds = time.perf_counter() - started
-    report.totals.peak_bytes = peak_rss()
-
-
-def _ahead(
-    read: Callable[[Group], tuple[Stack, float]], groups: Sequence[Group]
-) -> Generator[tuple[Stack, float], None, None]:
-    """What `read` gives for each group in order; the next is read in a thread while the caller works on one."""
-    if not groups:
-        return
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="isomerge-read") as pool:
-        coming = pool.submit(read, groups[0])
-        for group in groups[1:]:
-            stack = coming.result()
-            coming = pool.submit(read, group)
-            yield stack
-            del stack
-        yield coming.result()
-
-
-class _Run:
-    """One pass over a plan: merges units, writes them, keeps the records."""
-
-    def __init__(self, job: Job, sink: _Sink, report: Report, progress: Callable[[Progress], None] | None) -> None:
-        self._job, self._sink, self._report, self._progress = job, sink, report, progress
-        self._assignments = {a.name: a for a in job.plan.assignments}
-        self._records = {record.name: record for record in report.tensors}
-        self._squares: dict[str, list[float]] = {}  # tensor -> sums over its units of ||sum of deltas||², ||update||²
-        self._matrices = 0
-
-    def copy(self, assignment: Assignment) -> None:
-        """The base's values, piece by piece."""
-        for start in range(0, assignment.numel, PIECE_ELEMENTS):
-            values = self._job.base.read(assignment.name, start, min(PIECE_ELEMENTS, assignment.numel - start))
-            self._report.totals.bytes_read += values.nbytes
-            self._write(assignment, values, start)
-        self._tell(assignment.name)
-
-    def step(self, step: Step, stack: Stack) -> None:
-        """One group: every unit computed, added to the base and written."""
-        self._report.totals.bytes_read += stack.bytes_read
-        for (expert, name), count in stack.nonfinite.items():
-            nonfinite = self._records[name].nonfinite
-            label = self._job.experts[expert].label
-            nonfinite[label] = nonfinite.get(label, 0) + count
-        for index, (unit, update, seconds) in enumerate(self._updates(step, stack.deltas)):
-            before = time.perf_counter()
-            merged = self._add(step, unit, update, stack.deltas[index], stack.base[index])
-            seconds += time.perf_counter() - before
-            self._records[unit.name].seconds += seconds
-            self._report.totals.compute_seconds += seconds
-            self._write(self._assignments[unit.name], merged.mT if step.group.transposed else merged, unit.start)
-            self._matrices += step.kind == "matrix"
-            self._tell(unit.name)
-
-    def finish(self) -> None:
-        """Norms of whole tensors, and the warnings that only the data could give."""
-        for name, (deltas, update) in self._squares.items():
-            self._records[name].delta_sum_norm, self._records[name].update_norm = deltas**0.5, update**0.5
-        totals: dict[str, int] = {}
-        for record in self._report.tensors:
-            for label, count in record.nonfinite.items():
-                totals[label] = totals.get(label, 0) + count
-        for label, count in totals.items():
-            self._report.warnings.append(f"{label}: {count} non-finite values were left out of the merge")
-
-    def _updates(self, step: Step, deltas: Tensor) -> Iterator[tuple[Unit, Tensor, float]]:
-        """(unit, update [m, n], share of the time) of a stack [L, T, m, n]: one call for all, or one each if seeded."""
-        method, units = METHODS[step.call.method], step.group.units
-        before = time.perf_counter()
-        if not method.seeded:
-            updates = method.function(deltas, **step.call.parameters)
-            share = (time.perf_counter() - before) / len(units)
-            yield from ((unit, update, share) for unit, update in zip(units, updates, strict=True))
-            return
-        for unit, mine in zip(units, deltas, strict=True):
-            before = time.perf_counter()
-            seed = unit_seed(self._job.plan.settings.seed, unit.label)
-            update = method.function(mine, **step.call.parameters, seed=seed)
-            yield unit, update, time.perf_counter() - before
-
-    def _add(self, step: Step, unit: Unit, update: Tensor, deltas: Tensor, base: Tensor) -> Tensor:
-        """base + alpha * update, [m, n], in the arithmetic dtype; the product is rounded before it is added."""
-        alpha = step.call.alpha
-        scaled = update * alpha
-        norm = _norm(scaled)
-        if not math.isfinite(norm):
-            raise ArithmeticError(f"{unit.label}: {step.call.method} with alpha {alpha:g} gave non-finite values")
-        squares = self._squares.setdefault(unit.name, [0.0, 0.0])
-        squares[0] += _norm(deltas.sum(0)) ** 2
-        squares[1] += norm**2
-        return scaled.add_(base)
-
-    def _write(self, assignment: Assignment, values: Tensor, start: int) -> None:
-        before = time.perf_counter()
-        cast = values.to(assignment.out_dtype).contiguous()
-        if cast.dtype is torch.float16 and values.dtype is not torch.float16:
-            overflow = int((torch.isinf(cast) & torch.isfinite(values)).sum())
-            if overflow:
-                raise InputError(
-                    f"{self._job.plan.settings.source}: out_dtype: {overflow} values of {assignment.name} overflow "
-                    "float16; use bfloat16 or float32"
-                )
-        for name in (assignment.name, *assignment.aliases):
-            self._sink.write(name, cast, start)
-            self._report.totals.bytes_written += cast.nbytes
-        self._report.totals.write_seconds += time.perf_counter() - before
-
-    def _tell(self, name: str) -> None:
-        if self._progress is not None:
-            totals, plan = self._report.totals, self._job.plan
-            total = plan.bytes_read + plan.bytes_written
-            done = totals.bytes_read + totals.bytes_written
-            self._progress(Progress(done, total, self._matrices, plan.matrices, name))
-
-
-def unit_seed(seed: int, label: str) -> int:
-    """A seed for one unit that depends on the recipe's seed and on its name alone."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{label}".encode()).digest()[:8], "big") >> 1
-
-
-def _norm(values: Tensor) -> float:
-    """Frobenius norm; summed in float64 where the squares overflow the values' own dtype."""
-    norm = float(torch.linalg.vector_norm(values))
-    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(values, dtype=torch.float64))

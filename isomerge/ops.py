@@ -55,11 +55,25 @@ class Polar(NamedTuple):
 
 
 class PolarProduct(NamedTuple):
-    """`product` [..., m, n]; the nuclear norms `left_norm` and `right_norm` [...] of the two matrices."""
+    """`product` [..., m, n]; of the left and the right matrix the `nuclear_norms` and `ranks` [..., 2]."""
 
     product: Tensor
-    left_norm: Tensor
-    right_norm: Tensor
+    nuclear_norms: Tensor
+    ranks: Tensor
+
+
+class Principal(NamedTuple):
+    """Leading eigenpairs: `vectors` [..., m, k], `values` [..., k] descending, both zero for null directions."""
+
+    vectors: Tensor
+    values: Tensor
+
+
+class Projection(NamedTuple):
+    """`rows` [..., T s, n] and the sums of squares of their columns, `column_squares` [..., n] (float64)."""
+
+    rows: Tensor
+    column_squares: Tensor
 
 
 class SVD(NamedTuple):
@@ -118,14 +132,12 @@ def polar_product(
     right, right_scale = _scaled("polar_product", B)
     dtype = torch.promote_types(left.dtype, right.dtype)
     if batch.numel() * A.shape[-2] * q * B.shape[-1] == 0:
-        zeros = left.new_zeros(batch, dtype=dtype)
-        return PolarProduct(left.new_zeros(*batch, A.shape[-2], B.shape[-1], dtype=dtype), zeros, zeros)
+        zeros = left.new_zeros(*batch, 2, dtype=dtype)
+        return PolarProduct(left.new_zeros(*batch, A.shape[-2], B.shape[-1], dtype=dtype), zeros, zeros.long())
     scale = left.new_ones(*batch, q, dtype=dtype) if scale is None else scale.to(dtype)
     compute = resolve("polar_product", backend, A)
-    product, left_norm, right_norm = compute(
-        left.to(dtype), right.to(dtype), scale=scale, rtol=rtol, precision=precision
-    )
-    return PolarProduct(product.to(dtype), (left_norm * left_scale).to(dtype), (right_norm * right_scale).to(dtype))
+    product, norms, ranks = compute(left.to(dtype), right.to(dtype), scale=scale, rtol=rtol, precision=precision)
+    return PolarProduct(product.to(dtype), (norms * torch.stack([left_scale, right_scale], -1)).to(dtype), ranks)
 
 
 def rsvd(
@@ -191,6 +203,105 @@ def subspace(
         return torch.eye(m, columns, dtype=B.dtype, device=B.device).expand(*B.shape[:-2], m, columns).clone()
     Q: Tensor = resolve("subspace", backend, A)(B, k, full=full, precision=precision)
     return Q.to(B.dtype)
+
+
+def principal(
+    moment: Tensor, k: int, *, delta: Tensor | None = None, rtol: float | None = None, backend: str = "auto"
+) -> Principal:
+    """Leading k eigenvectors and eigenvalues of M = `moment` [..., m, m], or of Δ M Δᵀ with Δ = `delta` [..., m, n].
+
+    With the second moment M = XᵀX [..., n, n] of a layer's inputs these are the uncentred principal directions of the
+    feature shifts X Δᵀ, and no shift is ever formed; with the moment of the shifts themselves no delta is needed.
+
+    Null is an eigenvalue at or below rtol times the largest: by default float32's eps for float32 moments, whose own
+    rounding is of that size, and RANK_RTOL² for float64. Eigenvectors are computed in float64 on the smaller of the
+    two sides, m and n, and returned in the promoted dtype of the inputs; eigenvalues are float64.
+    Cost: one eigensolve of side min(m, n), 2 m n min(m, n) beside.
+    Raises ValueError as `polar`, for k outside 0..m and for shapes that do not match.
+    """
+    _check("principal", moment, "default")
+    m = moment.shape[-2] if delta is None else delta.shape[-2]
+    if moment.shape[-1] != moment.shape[-2] or (delta is not None and delta.shape[:-2] != moment.shape[:-2]):
+        given = "" if delta is None else f" and delta {tuple(delta.shape)}"
+        raise ValueError(f"principal: moment must be [..., n, n] and symmetric, got {tuple(moment.shape)}{given}")
+    if delta is not None and delta.shape[-1] != moment.shape[-1]:
+        raise ValueError(
+            f"principal: delta must be [..., m, {moment.shape[-1]}], as wide as the moment, got {tuple(delta.shape)}"
+        )
+    if not 0 <= k <= m:
+        raise ValueError(f"principal: k must be within 0..m = {m}, got {k}")
+    M, moment_scale = _scaled("principal", moment)
+    D, delta_scale = (None, torch.ones_like(moment_scale)) if delta is None else _scaled("principal", delta)
+    dtype = M.dtype if D is None else torch.promote_types(M.dtype, D.dtype)
+    batch = moment.shape[:-2]
+    if batch.numel() * moment.shape[-1] * k == 0:
+        return Principal(M.new_zeros(*batch, m, k, dtype=dtype), M.new_zeros(*batch, k, dtype=torch.float64))
+    if rtol is None:
+        rtol = RANK_RTOL**2 if moment.dtype == torch.float64 else torch.finfo(torch.float32).eps
+    vectors, values = resolve("principal", backend, moment)(M, k, delta=D, rtol=rtol)
+    return Principal(vectors.to(dtype), values * (moment_scale * delta_scale.square()).double().unsqueeze(-1))
+
+
+def shift_cov(
+    X: Tensor,
+    delta: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    precision: str = "default",
+    backend: str = "auto",
+) -> Tensor:
+    """YᵀY, the uncentred second moment of Y = X [..., N, n] or of the feature shift Y = X Δᵀ, Δ = `delta` [..., m, n].
+
+    Result [..., d, d] with d = n or m, symmetric to the last bit. `out` is added to and returned, so any split of the
+    tokens gives the same moment to rounding; it may be float64 for long sums. Tokens are taken 512 at a time, so the
+    rounding of a sum does not grow with their number (1e6 tokens: below 1e-6), and the shifts of no more than that
+    many are ever stored.
+    `precision` "default" multiplies in float32 (float64 for float64 X), "exact" in float64; the result is that of
+    `out`, or the dtype of the products. Cost: N d² and, with a delta, 2 N m n.
+    Raises ValueError as `polar`, and for shapes or an `out` that do not match.
+    """
+    _check("shift_cov", X, precision)
+    batch, n = X.shape[:-2], X.shape[-1]
+    if delta is not None and (delta.dim() < 2 or delta.shape[-1] != n or delta.shape[:-2] != batch):
+        raise ValueError(f"shift_cov: delta must be [..., m, {n}] for X {tuple(X.shape)}, got {tuple(delta.shape)}")
+    d = n if delta is None else delta.shape[-2]
+    if out is None:
+        product = torch.promote_types(X.dtype, torch.float64 if precision == "exact" else torch.float32)
+        out = X.new_zeros(*batch, d, d, dtype=product)
+    elif out.shape != (*batch, d, d) or out.dtype not in (torch.float32, torch.float64) or out.device != X.device:
+        raise ValueError(
+            f"shift_cov: out must be {(*batch, d, d)} in float32 or float64 on {X.device}, got {tuple(out.shape)} in "
+            f"{out.dtype} on {out.device}"
+        )
+    if X.numel() == 0 or d == 0:
+        return out
+    for name, tensor in (("X", X), ("delta", delta)):
+        if tensor is not None and not bool(tensor.sum(dtype=torch.float64).isfinite()):
+            raise ValueError(f"shift_cov: {name} holds {int((~tensor.isfinite()).sum())} non-finite values")
+    moment: Tensor = resolve("shift_cov", backend, X)(X, delta, out=out, precision=precision)
+    return moment
+
+
+def project_scale(Q: Tensor, W: Tensor, row_scale: Tensor, *, backend: str = "auto") -> Projection:
+    """C[t s + i] = row_scale[t, i] (Q_tᵀ W_t)[i]: T projections, scaled by rows and put one below the other.
+
+    Q: [..., T, m, s], W: [..., T, m, n], row_scale: [..., T, s] -> rows [..., T s, n] and Σ_i C[i, j]² [..., n] from
+    the same pass. Cost: 2 T m n s. Raises ValueError for shapes that do not match and for non-floating inputs.
+    """
+    _check("project_scale", Q, "default")
+    _check("project_scale", W, "default")
+    if Q.dim() < 3 or Q.shape[:-1] != W.shape[:-1] or row_scale.shape != (*Q.shape[:-2], Q.shape[-1]):
+        raise ValueError(
+            "project_scale: expected Q [..., T, m, s], W [..., T, m, n] and row_scale [..., T, s], got "
+            f"{tuple(Q.shape)}, {tuple(W.shape)} and {tuple(row_scale.shape)}"
+        )
+    dtype = torch.promote_types(torch.promote_types(Q.dtype, W.dtype), torch.float32)
+    (T, s), n = row_scale.shape[-2:], W.shape[-1]
+    if Q.numel() * n == 0:
+        rows = Q.new_zeros(*Q.shape[:-3], T * s, n, dtype=dtype)
+        return Projection(rows, Q.new_zeros(*Q.shape[:-3], n, dtype=torch.float64))
+    rows, squares = resolve("project_scale", backend, Q)(Q.to(dtype), W.to(dtype), row_scale=row_scale.to(dtype))
+    return Projection(rows.to(dtype), squares)
 
 
 def matmul(A: Tensor, B: Tensor, *, backend: str = "auto") -> Tensor:

@@ -5,6 +5,7 @@ No tensor is read here, and every mistake that headers can show is an `InputErro
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
@@ -12,16 +13,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from isomerge import families, headers
-from isomerge.deltas import Group, Unit, cut, pieces
+from isomerge import families, headers, moments
+from isomerge.deltas import Group, Unit, cut, moment_bytes, pieces
 from isomerge.errors import InputError
 from isomerge.families import Family, Kind
 from isomerge.methods import METHODS, check_parameters
-from isomerge.schedule import PROCESS_BYTES, Bound, Call, Step, costs, physical_bytes
+from isomerge.schedule import LAYER_EXPONENT, PROCESS_BYTES, Bound, Call, Step, costs, layer_type, physical_bytes
 from isomerge.settings import Settings
 
 if TYPE_CHECKING:
     from isomerge.checkpoint import Checkpoint, TensorInfo
+    from isomerge.moments import Moments
+
+FALLBACK = "tsvm"  # of layers for which no expert has the statistics that their method needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,14 @@ class Assignment:
     call: Call | None
     aliases: tuple[str, ...]  # further names under which the result is stored
     rule: int | None
+    moment_size: int = 0  # d of the second moments that its method is called with; 0: none
+    layer_type: str | None = None  # its update is scaled by its norm among those of this type; None: it is not
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """m x n = out x in of each of its matrices."""
+        rows, columns = self.shape[-2:]
+        return (columns, rows) if self.kind.transposed else (rows, columns)
 
     @property
     def numel(self) -> int:
@@ -68,11 +80,26 @@ class Plan:
     steps: tuple[Step, ...]
     bytes_read: int
     warnings: tuple[str, ...]
-    _itemsizes: Mapping[str, int] = field(default_factory=dict, repr=False)  # bytes read per element, all models
+    _bytes_read: Mapping[str, int] = field(default_factory=dict, repr=False)  # of each tensor, from all models
 
     @cached_property
     def bytes_written(self) -> int:
         return sum(a.bytes_written for a in self.assignments)
+
+    @cached_property
+    def spool_bytes(self) -> int:
+        """Bytes on disk of the updates that wait for the norms of all layers of their type: one type at a time."""
+        waiting: dict[str, int] = {}
+        for step in self.steps:
+            if step.layer_type is not None:
+                nbytes = step.group.m * step.group.n * step.group.dtype.itemsize * len(step.group.units)
+                waiting[step.layer_type] = waiting.get(step.layer_type, 0) + nbytes
+        return max(waiting.values(), default=0)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Disk that the merge needs while it runs."""
+        return self.bytes_written + self.spool_bytes
 
     @cached_property
     def matrices(self) -> int:
@@ -99,7 +126,7 @@ class Plan:
                 tensors=len(mine),
                 matrices=sum(shapes.values()),
                 flops=sum(METHODS[name].flops(s.group.m, s.group.n, experts) * len(s.group.units) for s in steps),
-                bytes_read=sum(a.numel * self._itemsizes[a.name] for a in mine),
+                bytes_read=sum(self._bytes_read[a.name] for a in mine),
                 bytes_written=sum(a.bytes_written for a in mine),
                 shapes=shapes,
             )
@@ -116,13 +143,18 @@ class Plan:
 
 
 def build_plan(
-    settings: Settings, base: Checkpoint, experts: Sequence[Checkpoint], *, group_bytes: int | None = None
+    settings: Settings,
+    base: Checkpoint,
+    experts: Sequence[Checkpoint],
+    *,
+    statistics: Sequence[Moments] = (),
+    group_bytes: int | None = None,
 ) -> Plan:
-    """The plan of a merge from the headers of its checkpoints.
+    """The plan of a merge from the headers of its checkpoints and, where a method needs them, of their statistics.
 
-    `group_bytes` bounds the deltas of one group, one unit at least; no result depends on it. Without it, a group
-    has a unit for every thread as far as the merge stays below the size of the base + 3 times the deltas of the
-    largest tensor + 500 MB, and below half of the machine's memory.
+    `group_bytes` bounds the deltas and moments of one group, one unit at least; no result depends on it. Without it, a
+    group has a unit for every thread as far as the merge stays below the size of the base + 3 times the deltas and
+    moments of the largest tensor + 500 MB, and below half of the machine's memory.
     """
     calls = _Calls(settings)
     family = families.recognise({name: info.shape for name, info in base.tensors.items()})
@@ -133,25 +165,48 @@ def build_plan(
     by_rule = {a.name for a in assignments if a.rule is not None and settings.rules[a.rule].keep_base}
     headers.check_buffers(base, experts, [name for name in buffers if name not in by_rule])
     sources = headers.match(base, experts, merged, family)
+    assignments, said = _with_moments(assignments, sources.names, family, statistics)
+    assignments = _with_layer_types(assignments)
     dtypes = _dtypes(settings, base, experts, sources.names)
-    largest = max((base.tensors[name].numel * dtypes[name].itemsize for name in merged), default=0)
+    largest = max(
+        ((a.numel + a.moment_size**2) * dtypes[a.name].itemsize for a in assignments if a.call is not None), default=0
+    )
     size = sum(info.nbytes for info in base.tensors.values())
     bound = Bound(group_bytes, min(size + 3 * len(experts) * largest + 500_000_000, physical_bytes() // 2))
-    itemsizes = {a.name: _itemsize(a, base, experts, sources.names.get(a.name, ())) for a in assignments}
+    read = {a.name: _read_bytes(a, base, experts, sources.names.get(a.name, ())) for a in assignments}
     return Plan(
         settings=settings,
         family=family,
         assignments=tuple(assignments),
         steps=tuple(_steps(assignments, sources.names, dtypes, bound)),
-        bytes_read=sum(a.numel * itemsizes[a.name] for a in assignments),
-        warnings=(*_warnings(settings, assignments), *sources.warnings),
-        _itemsizes=itemsizes,
+        bytes_read=sum(read.values()),
+        warnings=(*_warnings(settings, assignments), *sources.warnings, *said),
+        _bytes_read=read,
     )
 
 
 def check_settings(settings: Settings) -> None:
-    """InputError when a method or a parameter of the recipe is unknown or out of range. Opens no file."""
+    """InputError when a method or a parameter of the recipe is unknown or out of range, or when a method needs
+    statistics and a model has none. Opens no file.
+    """
     _Calls(settings)
+
+
+def needs_statistics(settings: Settings) -> str | None:
+    """The first method of the recipe and its rules that is called with second moments."""
+    methods = (settings.method, *(rule.merge_method for rule in settings.rules))
+    return next((method for method in methods if method is not None and METHODS[method].moments), None)
+
+
+def _check_statistics(settings: Settings) -> None:
+    method = needs_statistics(settings)
+    lacking = next((index for index, model in enumerate(settings.models) if model.statistics is None), None)
+    if method is not None and lacking is not None:
+        key = f"models[{lacking}].statistics" if settings.models[lacking].path is not None else f"statistics[{lacking}]"
+        raise InputError(
+            f"{settings.source}: {key}: missing; {method} needs the statistics of every expert, "
+            "which isomerge capture writes"
+        )
 
 
 class _Calls:
@@ -168,6 +223,7 @@ class _Calls:
             inherited = settings.parameters if method == settings.method else {}
             alpha = settings.alpha if rule.alpha is None else rule.alpha
             self._matrix[index] = _call(method, {**inherited, **rule.parameters}, alpha, f"{where}: rules[{index}]")
+        _check_statistics(settings)
 
     def __call__(self, rule: int | None, kind: str) -> Call:
         """Tensors that are not matrices are averaged where the method is one for matrices."""
@@ -210,25 +266,78 @@ def _assign(info: TensorInfo, base: Checkpoint, family: Family, settings: Settin
     )
 
 
+def _with_moments(
+    assignments: Sequence[Assignment],
+    sources: Mapping[str, tuple[str, ...]],
+    family: Family,
+    statistics: Sequence[Moments],
+) -> tuple[list[Assignment], list[str]]:
+    """The assignments with the sizes of their moments, and warnings; FALLBACK takes those that want some and have none.
+
+    The layer exponent stays with a tensor that falls to it: the factors are of all layers of a type.
+    """
+    wanting = [a for a in assignments if a.call is not None and METHODS[a.call.method].moments]
+    # No one moment is that of a stack of experts, and under `scope: paper` a weight stored [in, out] is merged as it
+    # stands, where its inputs are on the side of the outputs.
+    fitting = [a for a in wanting if len(a.shape) == 2 and a.kind == families.as_matrix(a.name, a.shape, family)]
+    found = moments.match([moments.Layer(a.name, sources[a.name], *a.matrix) for a in fitting], statistics)
+    lacking: list[str] = []
+    result = []
+    for a in assignments:
+        if a.call is None or not METHODS[a.call.method].moments:
+            result.append(a)
+        elif a.name in found.sizes:
+            result.append(replace(a, moment_size=found.sizes[a.name]))
+        else:
+            lacking.append(a.name)
+            own = {name: value for name, value in a.call.parameters.items() if name == LAYER_EXPONENT}
+            call = Call(FALLBACK, {**check_parameters(FALLBACK, {}), **own}, a.call.alpha)
+            result.append(replace(a, call=call))
+    if lacking:
+        found.warnings.append(
+            f"{len(lacking)} of {len(wanting)} tensors have no statistics and are merged with {FALLBACK}: "
+            + ", ".join(lacking[:3])
+            + (", ..." if len(lacking) > 3 else "")
+        )
+    return result, found.warnings
+
+
+def _with_layer_types(assignments: Sequence[Assignment]) -> list[Assignment]:
+    """The assignments with the types of those whose factors depend on other layers: more than one of the type."""
+    types = {
+        a.name: layer_type(a.name)
+        for a in assignments
+        if a.call is not None and a.kind.kind == "matrix" and a.call.layer_exponent != 0
+    }
+    counts = Counter(types.values())
+    return [replace(a, layer_type=types[a.name]) if counts[types.get(a.name, "")] > 1 else a for a in assignments]
+
+
 def _steps(
     assignments: Iterable[Assignment],
     sources: Mapping[str, tuple[str, ...]],
     dtypes: Mapping[str, torch.dtype],
     bound: Bound,
 ) -> list[Step]:
-    """Equal-shaped units with the same call, gathered in the order of the base file and cut to the memory bound."""
-    gathered: dict[tuple[object, ...], tuple[Step, list[Unit]]] = {}
+    """Equal-shaped units with the same call, gathered in the order of the base file and cut to the memory bound.
+
+    Steps of one layer type follow one another, so that only one type's updates wait at a time.
+    """
+    gathered: dict[str | None, dict[tuple[object, ...], tuple[Step, list[Unit]]]] = {}
     for a in assignments:
         if a.call is None:
             continue
         dtype, experts = dtypes[a.name], len(sources[a.name])
         for m, n, unit in _units(a, sources[a.name], experts):
-            key = (m, n, dtype, a.kind, a.call.method, a.call.alpha, tuple(sorted(a.call.parameters.items())))
-            empty = Step(Group(m, n, a.kind.transposed, dtype, ()), a.call, a.kind.kind)
-            gathered.setdefault(key, (empty, []))[1].append(unit)
+            parameters = tuple(sorted(a.call.parameters.items()))
+            key = (m, n, dtype, a.kind, a.moment_size, a.call.method, a.call.alpha, parameters)
+            group = Group(m, n, a.kind.transposed, dtype, (), a.moment_size)
+            empty = Step(group, a.call, a.kind.kind, a.layer_type)
+            gathered.setdefault(a.layer_type, {}).setdefault(key, (empty, []))[1].append(unit)
     return [
         replace(step, group=replace(step.group, units=run))
-        for step, units in gathered.values()
+        for alike in gathered.values()
+        for step, units in alike.values()
         for run in cut(units, bound.length(step, len(units[0].sources)))
     ]
 
@@ -251,8 +360,7 @@ def _units(a: Assignment, sources: tuple[str, ...], experts: int) -> Iterable[tu
     """(m, n, unit) of the units of one tensor."""
     assert a.call is not None
     if a.kind.kind == "matrix":
-        rows, columns = a.shape[-2:]
-        m, n = (columns, rows) if a.kind.transposed else (rows, columns)
+        m, n = a.matrix
         if len(a.shape) == 2:
             return [(m, n, Unit(a.name, sources, 0, m * n, True))]
         return [(m, n, Unit(a.name, sources, i * m * n, m * n, False, i)) for i in range(a.kind.slices)]
@@ -262,21 +370,24 @@ def _units(a: Assignment, sources: tuple[str, ...], experts: int) -> Iterable[tu
     return [(1, a.numel, Unit(a.name, sources, 0, a.numel, True))]
 
 
-def _itemsize(a: Assignment, base: Checkpoint, experts: Sequence[Checkpoint], sources: Sequence[str]) -> int:
-    """Bytes read per element of a tensor, from all models."""
-    read = [e.tensors[name].dtype.itemsize for e, name in zip(experts, sources, strict=bool(sources))]
-    return base.tensors[a.name].dtype.itemsize + sum(read)
+def _read_bytes(a: Assignment, base: Checkpoint, experts: Sequence[Checkpoint], sources: Sequence[str]) -> int:
+    """Bytes read for a tensor from all models and statistics; from the base twice where its update has to wait."""
+    itemsizes = [e.tensors[name].dtype.itemsize for e, name in zip(experts, sources, strict=bool(sources))]
+    times = 1 if a.layer_type is None else 2
+    values = a.numel * (times * base.tensors[a.name].dtype.itemsize + sum(itemsizes))
+    return values + len(sources) * moment_bytes(a.moment_size)
 
 
 def _warnings(settings: Settings, assignments: Sequence[Assignment]) -> Iterable[str]:
     used = {a.rule for a in assignments}
+    statistics = any(a.call is not None and METHODS[a.call.method].moments for a in assignments)
     for index, rule in enumerate(settings.rules):
         if index not in used:
             hidden = any(rule.matches(a.name) for a in assignments)
             reason = "an earlier rule takes every tensor it matches" if hidden else "it matches no tensor"
             yield f'{settings.source}: rules[{index}] ("{rule.filter}") has no effect: {reason}'
     for index, model in enumerate(settings.models):
-        if model.statistics is not None:
+        if model.statistics is not None and not statistics:
             yield f"{settings.source}: models[{index}].statistics is not used by {settings.method}"
         if (
             model.path is not None

@@ -5,6 +5,7 @@
     models:
       - model: path/to/expert
         parameters: {weight: 1.0}
+        statistics: path/to/expert.stats.safetensors   # for methods that need them
     parameters: {alpha: 1.2, common_space_fraction: 0.8}
     scope: default                               # or paper
     rules:                                       # the first rule whose filter matches a tensor's name wins
@@ -142,7 +143,8 @@ def _model(entry: _Model, folder: Path, where: str) -> Model:
             "put the method's parameters under `parameters:` of the recipe or of a rule"
         )
     weight = finite_number(entry.parameters.get("weight", 1.0), f"{where}.parameters.weight")
-    return Model(entry.model, _locate(entry.model, folder), weight, entry.statistics)
+    statistics = None if entry.statistics is None else _locate(entry.statistics, folder)
+    return Model(entry.model, _locate(entry.model, folder), weight, entry.statistics, statistics)
 
 
 def _locate(name: str, folder: Path) -> Path:

@@ -31,7 +31,8 @@ class TensorRecord:
     method: str | None
     matrices: int = 0
     delta_sum_norm: float | None = None  # of the sum of the experts' deltas
-    update_norm: float | None = None  # of alpha * update, what was added to the base
+    update_norm: float | None = None  # of alpha * layer factor * update, what was added to the base
+    layer_factor: float | None = None  # by its norm among the layers of its type; None where there is none
     seconds: float = 0.0
     nonfinite: dict[str, int] = field(default_factory=dict)  # expert -> entries left out of the merge
 
@@ -41,7 +42,7 @@ class Totals:
     """Sums over the merge; times in seconds, memory and data in bytes."""
 
     seconds: float = 0.0
-    read_seconds: float = 0.0  # in the reading thread, beside the computation
+    read_seconds: float = 0.0  # mostly in the reading thread, beside the computation
     compute_seconds: float = 0.0
     write_seconds: float = 0.0
     bytes_read: int = 0
@@ -187,7 +188,8 @@ def plan_data(plan: Plan, tensors: bool) -> dict[str, object]:
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "peak_bytes": plan.peak_bytes,
-        "disk_bytes": plan.bytes_written,
+        "spool_bytes": plan.spool_bytes,
+        "disk_bytes": plan.disk_bytes,
         "warnings": list(plan.warnings),
     }
     if tensors:
@@ -203,6 +205,8 @@ def plan_data(plan: Plan, tensors: bool) -> dict[str, object]:
                 "method": a.call.method if a.call else None,
                 "parameters": dict(a.call.parameters) if a.call else {},
                 "alpha": a.call.alpha if a.call else None,
+                "moment_size": a.moment_size or None,
+                "layer_type": a.layer_type,
             }
             for a in plan.assignments
         ]

@@ -1,8 +1,11 @@
-"""Steps: what is computed together, what it costs in memory, and how large that makes a group."""
+"""Steps: what is computed together, what it costs in memory, how large that makes a group, and which layers of a
+model are of one type.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +14,9 @@ import torch
 from isomerge.deltas import GROUP_BYTES, Group
 from isomerge.methods import METHODS
 
+LAYER_EXPONENT = "layer_exponent"  # the parameter of a call that the driver applies, over all layers of a type
+_BLOCKS = re.compile(r"(res)?blocks?")
+_INDEX = re.compile(r"((?:\w*(?:layer|block)_)?)\d+")  # `3`, and torchvision's `encoder_layer_3`
 PROCESS_BYTES = 360 * 2**20  # Python with torch loaded and what malloc keeps back (measured: 250 to 350 MiB)
 
 
@@ -22,6 +28,16 @@ class Call:
     parameters: Mapping[str, object]
     alpha: float
 
+    @property
+    def arguments(self) -> dict[str, object]:
+        """The parameters that the method's function takes."""
+        return {name: value for name, value in self.parameters.items() if name != LAYER_EXPONENT}
+
+    @property
+    def layer_exponent(self) -> float:
+        """The power of a layer's relative norm that its update is multiplied by; 0: updates are as computed."""
+        return float(self.parameters.get(LAYER_EXPONENT, 0.0))  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -30,15 +46,33 @@ class Step:
     group: Group
     call: Call
     kind: str  # "matrix" or "elementwise"
+    layer_type: str | None = None  # of its layers, when each one's factor depends on the norms of them all
+
+
+def layer_type(name: str) -> str:
+    """The tensor's name without its block's index: `encoder.layer.3.mlp.weight` -> `encoder.layer.*.mlp.weight`.
+
+    The index is the first number, and where there are `blocks.N` that one: T5's `block.3.layer.0` and Swin's
+    `layers.0.blocks.3` both give what stands at the same place in every block. A number right before the last part,
+    as in `mlp.2.weight`, is a place in a sequence and no block.
+    """
+    parts = name.split(".")
+    indices = [i for i, part in enumerate(parts[:-2]) if _INDEX.fullmatch(part)]
+    if not indices:
+        return name
+    chosen = next((i for i in indices if i > 0 and _BLOCKS.fullmatch(parts[i - 1])), indices[0])
+    parts[chosen] = _INDEX.sub(r"\1*", parts[chosen])
+    return ".".join(parts)
 
 
 def costs(step: Step, experts: int) -> tuple[int, int]:
     """Bytes of working memory of a step: (whatever the number of units, per unit)."""
     group, method = step.group, METHODS[step.call.method]
-    elements = group.m * group.n
-    held = 2 * (experts + 1) * elements  # deltas and base, of this group and of the next that is being read
+    elements, moment = group.m * group.n, group.moment_size**2
+    # Deltas, moments and base, of this group and of the next that is being read.
+    held = 2 * (experts + 1) * elements + 2 * experts * moment
     updates = 2 * elements + method.peak_floats(group.m, group.n, experts)
-    single = 2 * elements  # a raw tensor from a file, the sum of deltas that is measured
+    single = 2 * max(elements, moment)  # a raw tensor from a file, the sum of deltas that is measured
     if method.seeded:  # called on one unit after the other
         return int((single + updates) * group.dtype.itemsize), held * group.dtype.itemsize
     return single * group.dtype.itemsize, int((held + updates) * group.dtype.itemsize)
@@ -53,12 +87,13 @@ class Bound:
 
     def length(self, step: Step, experts: int) -> int:
         """The largest number of units in a group of the step."""
-        unit_bytes = experts * step.group.m * step.group.n * step.group.dtype.itemsize
+        group = step.group
+        unit_bytes = experts * (group.m * group.n + group.moment_size**2) * group.dtype.itemsize
         if self.group_bytes is not None:
             return max(1, self.group_bytes // unit_bytes)
         fixed, per_unit = costs(step, experts)
         fitting = (self.peak_bytes - PROCESS_BYTES - fixed) // per_unit
-        # Matrices are computed one per thread; for the rest 64 MiB of deltas keep the overhead of a call small.
+        # Matrices are computed one per thread; for the rest 64 MiB to read keep the overhead of a call small.
         wanted = max(GROUP_BYTES // unit_bytes, torch.get_num_threads() if step.kind == "matrix" else 1)
         return max(1, min(wanted, fitting))
 

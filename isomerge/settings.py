@@ -33,7 +33,8 @@ class Model:
     name: str  # as the user gave it
     path: Path | None = None  # where it is; None for state dicts in memory
     weight: float = 1.0
-    statistics: str | None = None
+    statistics: str | None = None  # as the user gave it
+    statistics_path: Path | None = None  # where it is; None for moments in memory
 
 
 @dataclass(frozen=True, slots=True)

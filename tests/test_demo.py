@@ -13,18 +13,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
+from capturing import Capture, Sampling, capture_key, draw, run_capture, write_identities, write_samples
+from commands import CommandFailed
 from corpora import SECTIONS, read_debian, read_icd, read_orange, read_ratings, read_spam
-from merging import ALPHAS, METHODS, choose_alpha, write_recipe
+from merging import ALPHAS, METHODS, Merge, choose_alpha, write_recipe
 from scores import normalised_accuracy, summarise
 from sources import BASE, Package, SetupError, check_clients, fetch
 from splits import MAX_CHARACTERS, Corpus, Sizes, Task, distinct, evenly, split
+from tables import costs
+from variants import FULL, VARIANTS
 
 from isomerge.methods import check_parameters
 from isomerge.recipe import load_recipe
+from isomerge.statistics import Layer, open_statistics, write_statistics
 
 
 def _rows(count: int, classes: int, start: int = 0) -> list[tuple[str, int]]:
@@ -145,14 +151,116 @@ def test_of_equal_scores_the_smaller_alpha_wins() -> None:
     assert choose_alpha(lambda x: float(0.5 <= x <= 3))[0] == 0.5
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.recipe_name)
-def test_recipes_are_valid_and_name_their_models_relative_to_themselves(method, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipes" / "one.yaml"
-    write_recipe(recipe, method, tmp_path / "base", [tmp_path / "a", tmp_path / "b"], alpha=0.8)
-    assert yaml.safe_load(recipe.read_text())["base_model"] == "../base"
+@pytest.mark.parametrize(
+    "method", [*METHODS, *(variant.method for variant in VARIANTS)], ids=lambda method: method.title
+)
+def test_recipes_are_valid_and_name_their_files_relative_to_themselves(method, tmp_path: Path) -> None:
+    recipe, experts = tmp_path / "recipes" / "one.yaml", [tmp_path / "a", tmp_path / "b"]
+    files = [expert.with_suffix(".safetensors") for expert in experts]
+    write_recipe(recipe, method, tmp_path / "base", experts, 0.8, files)
+    written = yaml.safe_load(recipe.read_text())
+    assert written["base_model"] == "../base"
+    assert [model.get("statistics") for model in written["models"]] == (
+        ["../a.safetensors", "../b.safetensors"] if method.needs_statistics else [None, None]
+    )
     settings = load_recipe(recipe)
     assert settings.alpha == 0.8
-    assert check_parameters(settings.method, settings.parameters).items() >= dict(method.parameters).items()
+    given = {name: value for name, value in method.parameters if name != "preset"}
+    resolved = check_parameters(settings.method, settings.parameters)
+    assert resolved.items() >= given.items()
+    assert resolved == check_parameters(method.recipe_name, dict(method.parameters))
+
+
+def test_a_method_that_needs_statistics_has_a_file_for_every_expert(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        write_recipe(tmp_path / "r.yaml", METHODS[-1], tmp_path / "base", [tmp_path / "a", tmp_path / "b"], 1.0, ["c"])
+
+
+def test_samples_are_training_texts_drawn_the_same_way_every_time() -> None:
+    task = split("toy", Corpus(("a", "b", "c"), _rows(200, 3)), Sizes(60, 30, 40))
+    samples = draw(task, Sampling())
+    assert len(set(samples)) == 32
+    assert set(samples) <= {text for text, _ in task.train}
+    assert draw(Task.from_json(task.to_json()), Sampling()) == samples
+    assert draw(task, Sampling(texts=4)) == samples[:4]
+    assert set(draw(task, Sampling(seed=1))) != set(samples)
+    assert len(draw(task, Sampling(texts=99))) == 60
+
+
+def test_foreign_samples_are_those_of_the_next_task() -> None:
+    tasks = ("a", "b", "c")
+    assert [Sampling().source(tasks, task) for task in tasks] == ["a", "b", "c"]
+    assert [Sampling(foreign=True).source(tasks, task) for task in tasks] == ["b", "c", "a"]
+
+
+def test_every_sample_is_a_line_of_its_own(tmp_path: Path) -> None:
+    breaks = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+    rows = [(f"before{mark}after{mark}{index}", index % 2) for index, mark in enumerate(breaks)]
+    samples = draw(split("toy", Corpus(("a", "b"), rows), Sizes(10, 0, 0)), Sampling())
+    assert len(samples) == len(breaks)
+    write_samples(tmp_path / "samples.txt", samples)
+    assert (tmp_path / "samples.txt").read_text(encoding="utf-8").splitlines() == samples
+
+
+def test_statistics_are_cached_by_all_that_they_depend_on() -> None:
+    keys = [
+        capture_key(["one text", "two text"], 32),
+        capture_key(["two text", "one text"], 32),
+        capture_key(["one text"], 32),
+        capture_key(["one text", "two text"], 16),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert capture_key(["one text", "two text"], 32) == keys[0]
+
+
+def test_what_was_captured_is_not_captured_again_and_a_failure_leaves_no_record(tmp_path: Path) -> None:
+    texts, expert = ["one text here", "and another"], tmp_path / "expert"
+    with pytest.raises(CommandFailed, match=r"`isomerge capture --model .*expert.*` exited with 2: .*expert"):
+        run_capture(expert, texts, 32)
+    folder = tmp_path / "expert-statistics"
+    assert [path.name for path in folder.iterdir()] == [f"2-{capture_key(texts, 32)}.txt"]
+    stem = folder / f"2-{capture_key(texts, 32)}"
+    stem.with_suffix(".safetensors").write_bytes(b"123")
+    stem.with_suffix(".json").write_text('{"seconds": 4.5}')
+    assert run_capture(expert, texts, 32) == Capture(stem.with_suffix(".safetensors"), 3, 4.5, cached=True)
+
+
+def test_identities_are_statistics_of_the_same_layers(tmp_path: Path) -> None:
+    captured = tmp_path / "captured.safetensors"
+    layers = {name: Layer(7, "input", size, f"{name}.x") for name, size in (("a", 3), ("b", 3), ("c", 5))}
+    moments = {layer.stored: torch.full((layer.size, layer.size), 2.0) for layer in layers.values()}
+    write_statistics(captured, moments, layers, samples=2, fingerprint="12ab")
+    with open_statistics(write_identities(captured)) as statistics:
+        assert statistics.fingerprint == "12ab"
+        assert set(statistics.layers) == {"a", "b", "c"}
+        for name, layer in layers.items():
+            assert torch.equal(statistics.moment(name), torch.eye(layer.size))
+
+
+def test_each_level_of_the_ablation_is_one_of_the_published_exponents_alone() -> None:
+    published = check_parameters("esm", {"preset": "vit"})
+    levels = [
+        {name: value for name, value in check_parameters("esm", dict(variant.method.parameters)).items() if value}
+        for variant in VARIANTS
+        if "level alone" in variant.method.title or "weights alone" in variant.method.title
+    ]
+    assert levels == [{name: value} for name, value in published.items()]
+    titles = [variant.method.title for variant in VARIANTS]
+    assert len(set(titles)) == len(titles)
+    assert FULL in titles
+
+
+def test_a_repeated_row_draws_once_for_every_seed() -> None:
+    assert {variant.method.title: variant.samplings(3) for variant in VARIANTS if variant.foreign} == {
+        "text, 32 foreign samples": [Sampling(32, seed, foreign=True) for seed in range(3)]
+    }
+    assert VARIANTS[0].samplings(3) == [Sampling()]
+
+
+def test_costs_tell_of_captures_where_there_are_some() -> None:
+    files = [Capture(Path("a"), 2_000_000, 4.0, False), Capture(Path("b"), 3_000_000, 5.0, True)]
+    grid = costs({"sum": [Merge(1.0, None)], "ESM": [Merge(2.0, 7_000_000), Merge(3.0, 6_000_000)]}, {"ESM": files})
+    assert grid.rows == [["sum", "1.0", "-", "-", "-"], ["ESM", "3.0", "7", "4.5", "3.0"]]
 
 
 def test_summary_agrees_with_a_count_by_hand() -> None:

@@ -15,12 +15,12 @@ LEVELS = (  # from the bottom; a module may import from lower levels, and from i
     {"errors"},
     {"backends", "settings", "checkpoint"},
     {"ops"},
-    {"methods", "deltas", "families", "recipe"},
-    {"headers", "schedule"},
-    {"plan"},
+    {"methods", "deltas", "families", "recipe", "statistics"},
+    {"headers", "schedule", "moments"},
+    {"plan", "spool"},
     {"report"},
-    {"output"},
-    {"merge"},
+    {"output", "run"},
+    {"merge", "capture", "inspect"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -33,6 +33,9 @@ DOORS = {
     "triton": {"backends/triton"},
     "safetensors": {"checkpoint"},
     "transformers": {"capture"},
+    "tokenizers": {"capture"},
+    "PIL": {"capture"},
+    "matplotlib": {"inspect/picture"},
     "numpy": set(),
 }
 
@@ -102,7 +105,20 @@ def test_a_wrong_import_is_found(module: str, source: str) -> None:
     assert violations(PACKAGE / module, source)
 
 
-BLOCKED = ("pydantic", "yaml", "typer", "rich", "click", "triton", "safetensors", "numpy", "transformers", "psutil")
+BLOCKED = (
+    "pydantic",
+    "yaml",
+    "typer",
+    "rich",
+    "click",
+    "triton",
+    "safetensors",
+    "numpy",
+    "transformers",
+    "psutil",
+    "PIL",
+    "matplotlib",
+)
 CODE = f"""
 import sys
 

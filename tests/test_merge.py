@@ -17,8 +17,9 @@ from tiny import assert_same
 from torch import Tensor
 
 from isomerge.errors import InputError
-from isomerge.merge import Progress, merge, merge_state_dicts, unit_seed
+from isomerge.merge import Progress, merge, merge_state_dicts
 from isomerge.methods import METHODS, check_parameters
+from isomerge.run import unit_seed
 
 SEED = 3
 
@@ -27,10 +28,6 @@ def in_folder(folder: Path, recipe: Mapping[str, object]) -> dict[str, object]:
     """The recipe with paths below `folder`, as a mapping for `merge`."""
     models = [{**entry, "model": str(folder / entry["model"])} for entry in recipe["models"]]  # type: ignore[attr-defined]
     return {**recipe, "base_model": str(folder / str(recipe["base_model"])), "models": models}
-
-
-def is_matrix(name: str, value: Tensor) -> bool:
-    return value.dim() == 2 and name.startswith(("encoder", "pooler"))
 
 
 def plainly(method: str, states: list[dict[str, Tensor]], alpha: float) -> dict[str, Tensor]:
@@ -42,7 +39,7 @@ def plainly(method: str, states: list[dict[str, Tensor]], alpha: float) -> dict[
             result[name] = value
             continue
         deltas = torch.stack([state[name].float() - value.float() for state in states[1:]])
-        if row.elementwise or not is_matrix(name, value):
+        if row.elementwise or name not in tiny.matrices(base):
             called = row if row.elementwise else METHODS["average"]
             seed = {"seed": unit_seed(SEED, name)} if called.seeded else {}
             given = parameters if row.elementwise else {}
@@ -61,7 +58,7 @@ def weights_digest(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", tiny.WITHOUT_STATISTICS)
 def test_every_method_from_disk_and_in_memory(tmp_path: Path, method: str, dtype: torch.dtype) -> None:
     states = tiny.bert_models(tmp_path, dtype=dtype)
     recipe = tiny.recipe_for(method, parameters={"alpha": 0.7}, seed=SEED)
@@ -88,7 +85,7 @@ def test_records_tell_the_norms(tmp_path: Path) -> None:
     assert report.totals.bytes_read == 4 * report.totals.bytes_written - 3 * states[0]["embeddings.position_ids"].nbytes
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", tiny.WITHOUT_STATISTICS)
 def test_bytes_do_not_depend_on_groups_or_shards(tmp_path: Path, method: str) -> None:
     tiny.bert_models(tmp_path)
     path = tiny.write_recipe(tmp_path, tiny.recipe_for(method, parameters={"alpha": 1.3}))
@@ -114,7 +111,7 @@ def test_bytes_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
 def test_long_tensors_are_merged_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     states = tiny.bert_models(tmp_path)
     monkeypatch.setattr("isomerge.deltas.PIECE_ELEMENTS", 96)
-    monkeypatch.setattr(sys.modules["isomerge.merge"], "PIECE_ELEMENTS", 5)
+    monkeypatch.setattr("isomerge.run.PIECE_ELEMENTS", 5)
     merge(in_folder(tmp_path, tiny.recipe_for("iso_c")), tmp_path / "out")
     assert_same(tiny.load_output(tmp_path / "out"), plainly("iso_c", states, 1.0))
 

@@ -41,6 +41,7 @@ def test_every_key_arrives(tmp_path: Path) -> None:
     assert [m.path for m in settings.models] == [tmp_path / "models/a", Path("/absolute/b")]
     assert [m.weight for m in settings.models] == [0.5, 1.0]
     assert settings.models[1].statistics == "b.stats.safetensors"
+    assert [m.statistics_path for m in settings.models] == [None, tmp_path / "b.stats.safetensors"]
     assert settings.rules == (
         Rule("*.mlp.*", None, {"common_space_fraction": 0.9}, 2.0, False),
         Rule("lm_head.*", "average"),

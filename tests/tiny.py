@@ -11,6 +11,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from isomerge.checkpoint import from_state_dict
+from isomerge.methods import METHODS
+from isomerge.statistics import Layer, fingerprint, write_statistics
+
+WITHOUT_STATISTICS = [name for name, row in METHODS.items() if not row.moments]
 WIDTH, INNER, WORDS, LAYERS = 16, 24, 40, 2
 
 
@@ -49,6 +54,57 @@ def tuned(base: Mapping[str, Tensor], seed: int, size: float = 0.1) -> dict[str,
         else value.clone()
         for name, value in base.items()
     }
+
+
+def matrices(state: Mapping[str, Tensor]) -> list[str]:
+    """The names of the linear layers' weights."""
+    return [name for name, value in state.items() if value.dim() == 2 and name.startswith(("encoder", "pooler"))]
+
+
+def read_from(name: str) -> str:
+    """The layer whose inputs the layer `name` reads: query, key and value share theirs."""
+    return name.replace(".self.key.", ".self.query.").replace(".self.value.", ".self.query.")
+
+
+def second_moments(
+    base: Mapping[str, Tensor], expert: Mapping[str, Tensor], seed: int, *, tokens: int = 30, output: str = ""
+) -> dict[str, Tensor]:
+    """XᵀX of random inputs of each linear layer, of X Δᵀ where `output` is in its name and it is not square."""
+    moments = {}
+    for name in matrices(base):
+        shape, source = base[name].shape, sorted(matrices(base)).index(read_from(name))
+        random = torch.Generator().manual_seed(1000 * seed + source)
+        X = torch.randn(tokens, shape[1], generator=random) * torch.linspace(0.2, 2, shape[1])
+        if output and output in name and shape[0] != shape[1]:
+            X = X @ (expert[name].float() - base[name].float()).mT
+        moments[name] = X.mT @ X
+    return moments
+
+
+def save_statistics(
+    path: Path,
+    base: Mapping[str, Tensor],
+    expert: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    *,
+    tokens: int = 30,
+) -> Path:
+    """A statistics file of `expert`; the space of a moment is told by its size, layers with equal moments share one."""
+    layers = {}
+    for name, moment in moments.items():
+        space = "input" if len(moment) == base[name].shape[1] else "output"
+        stored = read_from(name) if space == "input" and read_from(name) in moments else name
+        layers[name] = Layer(tokens, space, len(moment), stored)
+    shifts = [name for name, layer in layers.items() if layer.space == "output"]
+    write_statistics(
+        path,
+        {layer.stored: moments[layer.stored] for layer in layers.values()},
+        layers,
+        samples=4,
+        fingerprint=fingerprint(from_state_dict(expert, "expert"), layers),
+        base_fingerprint=fingerprint(from_state_dict(base, "base"), shifts) if shifts else None,
+    )
+    return path
 
 
 def save_model(folder: Path, state: Mapping[str, Tensor], **config: object) -> Path:

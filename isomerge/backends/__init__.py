@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-OPS = ("polar", "polar_product", "rsvd", "subspace", "matmul")
+OPS = ("polar", "polar_product", "rsvd", "subspace", "principal", "shift_cov", "project_scale", "matmul")
 """Every op of `isomerge.ops` that is dispatched."""
 
 

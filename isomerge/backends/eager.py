@@ -21,9 +21,11 @@ from isomerge.backends.eigen import (
     TOLERANCE,
     Apply,
     GramIn,
+    add_gram,
     decoupled,
     gram,
     leading,
+    mirror,
     noise,
     split_basis,
     times,
@@ -31,6 +33,9 @@ from isomerge.backends.eigen import (
 )
 from isomerge.backends.iterations import block_krylov
 from isomerge.backends.side_by_side import matrices, side_by_side
+
+TOKENS = 512
+"""Tokens per Gram product: float32 sums of 2048 bfloat16 squares are off by 3e-6, of 512 by less than 1e-6."""
 
 KRYLOV_MIN_SIDE, KRYLOV_MAX_SHARE = 1536, 1 / 48
 """Block Krylov answers when r >= the first and k/r <= the second; below, one dense eigensolve is faster."""
@@ -62,8 +67,8 @@ def polar_product(A: Tensor, B: Tensor, *, scale: Tensor, rtol: float, precision
         return _polar_product(A, scale, B, rtol, precision)
 
     results = side_by_side(one, matrices(A), list(scale.reshape(-1, scale.shape[-1]).unbind()), matrices(B))
-    product, left, right = (torch.stack(column) for column in zip(*results, strict=True))
-    return product.reshape(*batch, m, n), left.reshape(batch), right.reshape(batch)
+    product, norms, ranks = (torch.stack(column) for column in zip(*results, strict=True))
+    return product.reshape(*batch, m, n), norms.reshape(*batch, 2), ranks.reshape(*batch, 2)
 
 
 def rsvd(
@@ -98,6 +103,47 @@ def subspace(A: Tensor, k: int, *, full: bool, precision: str) -> Tensor:
     return torch.stack(results).reshape(*A.shape[:-1], columns)
 
 
+def principal(moment: Tensor, k: int, *, delta: Tensor | None, rtol: float) -> tuple[Tensor, Tensor]:
+    """Eigenvectors in float64 of the smaller of Δ M Δᵀ and Lᵀ Δᵀ Δ L, where M = L Lᵀ."""
+    batch = moment.shape[:-2]
+    if delta is None:
+        results = side_by_side(lambda M: _principal(M, None, k, rtol), matrices(moment))
+    else:
+        results = side_by_side(lambda M, D: _principal(M, D, k, rtol), matrices(moment), matrices(delta))
+    vectors, values = (torch.stack(column) for column in zip(*results, strict=True))
+    return vectors.reshape(*batch, *vectors.shape[-2:]), values.reshape(*batch, k)
+
+
+def shift_cov(X: Tensor, delta: Tensor | None, *, out: Tensor, precision: str) -> Tensor:
+    """Gram products of `TOKENS` tokens at a time, each added to `out`: a sum of sums, so rounding does not build up."""
+
+    dtype = torch.float64 if precision == "exact" else torch.promote_types(X.dtype, torch.float32)
+
+    def one(X: Tensor, *delta: Tensor, out: Tensor) -> None:
+        for start in range(0, X.shape[0], TOKENS):
+            Y = X[start : start + TOKENS].to(dtype)
+            add_gram(Y @ delta[0].to(dtype).mT if delta else Y, out)
+        mirror(out)
+
+    inputs = [matrices(X)] if delta is None else [matrices(X), matrices(delta)]
+    side_by_side(one, *inputs, out=matrices(out))
+    return out
+
+
+def project_scale(Q: Tensor, W: Tensor, *, row_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """One product per task, scaled on its way into its rows of the result."""
+    batch, (T, s), n = Q.shape[:-3], row_scale.shape[-2:], W.shape[-1]
+    C = Q.new_empty(*batch, T * s, n)
+
+    def one(Q: Tensor, W: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+        torch.mul(Q.mT @ W, scale[:, None], out=out)
+        return out.square().sum(0, dtype=torch.float64)
+
+    scales = row_scale.reshape(-1, s).unbind()
+    squares = side_by_side(one, matrices(Q), matrices(W), scales, out=matrices(C.view(*batch, T, s, n)))
+    return C, torch.stack(squares).reshape(*batch, T, n).sum(-2)
+
+
 def matmul(A: Tensor, B: Tensor) -> Tensor:
     """A B, each matrix of the stack by one thread: the bits do not depend on the batch."""
     batch = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])
@@ -110,15 +156,34 @@ def matmul(A: Tensor, B: Tensor) -> Tensor:
 
 
 class _Factored(NamedTuple):
-    """polar(A) = outer @ root of a tall A, or `outer` itself where a product with the root would lose digits."""
+    """polar(A) of a tall A: A V diag(1 / σ) Vᵀ + left rightᵀ, the latter for directions solved in float64."""
 
-    outer: Tensor  # [m, n]
-    root: Tensor | None  # [n, n], symmetric
+    outer: Tensor  # A; without `resolved` the factor itself [m, n]
+    resolved: tuple[Tensor, Tensor] | None  # V [n, j], 1 / σ [j]
+    least: tuple[Tensor, Tensor] | None  # left [m, d], right [n, d]
     nuclear_norm: Tensor
     rank: Tensor
 
     def factor(self) -> Tensor:
-        return self.outer if self.root is None else self.outer @ self.root
+        if self.resolved is None:
+            return self.outer
+        factor = self.outer @ _root(*self.resolved)
+        return factor if self.least is None else factor.addmm_(self.least[0], self.least[1].mT)
+
+    def times(self, X: Tensor) -> Tensor:
+        """polar(A) X, in the order that costs least: the factor is formed only where X has more columns than A rows."""
+        (m, n), c = self.outer.shape, X.shape[1]
+        if self.resolved is None or c > m:
+            return self.factor() @ X
+        V, inverse = self.resolved
+        inner = _root(V, inverse) @ X if 2 * c > n else V @ (inverse[:, None] * (V.mT @ X))
+        product = self.outer @ inner
+        return product if self.least is None else product.addmm_(self.least[0], self.least[1].mT @ X)
+
+
+def _root(V: Tensor, values: Tensor) -> Tensor:
+    """V diag(values) Vᵀ, of which half is computed."""
+    return gram((V * values.sqrt()).mT)
 
 
 def _polar(A: Tensor, rtol: float, precision: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,19 +194,15 @@ def _polar(A: Tensor, rtol: float, precision: str) -> tuple[Tensor, Tensor, Tens
 
 
 def _polar_product(A: Tensor, scale: Tensor, B: Tensor, rtol: float, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    """polar(A) diag(scale) polar(B); the root of a tall A or a wide B is multiplied where it has fewer rows."""
     (m, q), n = A.shape, B.shape[1]
-    if m < q or n < q:
-        left, left_norm, _ = _polar(A, rtol, precision)
-        right, right_norm, _ = _polar(B, rtol, precision)
-        return left @ (scale[:, None] * right), left_norm, right_norm
-    a, b = _factored(A, rtol, precision), _factored(B.mT, rtol, precision)
-    norms = a.nuclear_norm, b.nuclear_norm
-    if a.root is not None and n < m:
-        return a.outer @ (a.root @ (scale[:, None] * b.factor().mT)), *norms
-    if b.root is not None and m < n:
-        return ((a.factor() * scale) @ b.root) @ b.outer.mT, *norms
-    return (a.factor() * scale) @ b.factor().mT, *norms
+    a = _factored(A if m >= q else A.mT, rtol, precision)
+    b = _factored(B if n <= q else B.mT, rtol, precision)
+    norms, ranks = torch.stack([a.nuclear_norm, b.nuclear_norm]), torch.stack([a.rank, b.rank])
+    if n > q and m < n:
+        left = (a.factor() if m >= q else a.factor().mT) * scale
+        return b.times(left.mT).mT, norms, ranks
+    right = scale[:, None] * (b.factor() if n <= q else b.factor().mT)
+    return a.times(right) if m >= q else a.factor().mT @ right, norms, ranks
 
 
 def _factored(A: Tensor, rtol: float, precision: str) -> _Factored:
@@ -158,12 +219,12 @@ def _factored(A: Tensor, rtol: float, precision: str) -> _Factored:
     decided = rtol**2 > 4 * error or bool(kept.all())  # else noise could decide the rank
     if decided and not unresolved(values[kept], error, TOLERANCE[precision]):
         inverse = torch.where(kept, S.reciprocal(), 0)
-        factor = B @ gram((V * inverse.sqrt()).mT)
+        factor = B @ _root(V, inverse)
     else:
         U, S, Vh = torch.linalg.svd(B, full_matrices=False)
         kept = S > rtol * S[0]
         factor = (U * kept) @ Vh
-    return _Factored(factor.to(A.dtype), None, (S * kept).sum(), kept.sum())
+    return _Factored(factor.to(A.dtype), None, None, (S * kept).sum(), kept.sum())
 
 
 def _factored_mixed(A: Tensor, rtol: float, tolerance: float) -> _Factored | None:
@@ -178,18 +239,18 @@ def _factored_mixed(A: Tensor, rtol: float, tolerance: float) -> _Factored | Non
     if d > r // 3:
         return None
     S = values[d:].sqrt()
+    block, V, inverse = V[:, :d], V[:, d:], S.reciprocal()
     if d == 0:
-        return _Factored(A, gram((V * S.rsqrt()).mT), S.double().sum(), torch.tensor(r, device=A.device))
+        return _Factored(A, (V, inverse), None, S.double().sum(), torch.tensor(r, device=A.device))
     B = A.double()
-    X, V = decoupled(lambda X: times(B.mT, times(B, X)), values[d:], V[:, :d], V[:, d:])
+    X, V = decoupled(lambda X: times(B.mT, times(B, X)), values[d:], block, V)
     Y = times(B, X)
     squares, W = torch.linalg.eigh(gram(Y))
     least = squares.clamp_min(0).sqrt()
     kept = least > rtol * S[-1]
-    inverse = torch.where(kept, least.reciprocal(), 0)
-    factor = A @ gram((V * S.rsqrt()).mT)
-    factor += (Y @ (W * inverse)).to(A.dtype) @ (X @ W).mT.to(A.dtype)
-    return _Factored(factor, None, S.double().sum() + (least * kept).sum(), kept.sum() + r - d)
+    below = torch.where(kept, least.reciprocal(), 0)
+    pair = (Y @ (W * below)).to(A.dtype), (X @ W).to(A.dtype)
+    return _Factored(A, (V, inverse), pair, S.double().sum() + (least * kept).sum(), kept.sum() + r - d)
 
 
 def _rsvd(
@@ -227,6 +288,34 @@ def _rsvd(
         small, large = times(V, W.to(V.dtype)), times(Y, (W * inverse).to(Y.dtype))
     U, Vh = (small, large.mT) if wide else (large, small.mT)
     return U.to(A.dtype), S, Vh.to(A.dtype)
+
+
+def _principal(M: Tensor, delta: Tensor | None, k: int, rtol: float) -> tuple[Tensor, Tensor]:
+    dtype = M.dtype if delta is None else torch.promote_types(M.dtype, delta.dtype)
+    M = M.double()
+    if delta is None or delta.shape[0] <= delta.shape[1]:
+        C = M if delta is None else (D := delta.double()) @ M @ D.mT
+        values, V = torch.linalg.eigh(C)
+        values, V = values[-k:].flip(0), V[:, -k:].flip(1)
+    else:
+        D = delta.double()
+        L = _square_root(M)
+        values, W = torch.linalg.eigh(L.mT @ (gram(D) @ L))
+        values, W = values.flip(0), W.flip(1)
+        count = min(k, values.shape[0])
+        V = times(D, times(L, W[:, :count]) * values[:count].clamp_min(torch.finfo(dtype).tiny).rsqrt())
+        values, V = (torch.nn.functional.pad(part[..., :count], (0, k - count)) for part in (values, V))
+    values = torch.where(values > rtol * values[:1], values, 0)
+    return (V * (values > 0)).to(dtype), values
+
+
+def _square_root(M: Tensor) -> Tensor:
+    """L with L Lᵀ = M for a positive semi-definite M: Cholesky, or by eigenvectors where M is singular to rounding."""
+    L, failed = torch.linalg.cholesky_ex(M)
+    if not bool(failed):
+        return L
+    values, V = torch.linalg.eigh(M)
+    return V * values.clamp_min(0).sqrt()
 
 
 def _products(B: Tensor, Q: Tensor, wide: bool) -> tuple[GramIn, Apply]:

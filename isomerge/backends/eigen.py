@@ -52,6 +52,26 @@ def gram(B: Tensor) -> Tensor:
     return G
 
 
+def add_gram(B: Tensor, out: Tensor) -> None:
+    """out += BᵀB in the lower triangle of blocks alone; `mirror` makes it symmetric."""
+    for start in range(0, B.shape[1], BLOCK):
+        stop = min(start + BLOCK, B.shape[1])
+        rows, columns, target = B[:, start:stop].mT, B[:, :stop], out[start:stop, :stop]
+        if target.dtype == B.dtype and stop > BLOCK:
+            target.addmm_(rows, columns)
+        else:  # small products would carry on one chain of sums
+            target += rows @ columns
+
+
+def mirror(G: Tensor) -> None:
+    """G[i, j] = G[j, i] for i < j, in place."""
+    for start in range(0, G.shape[0], BLOCK):
+        stop = min(start + BLOCK, G.shape[0])
+        G[:start, start:stop] = G[start:stop, :start].mT
+        block = G[start:stop, start:stop]
+        block.copy_(block.tril() + block.tril(-1).mT)
+
+
 def times(B: Tensor, X: Tensor) -> Tensor:
     """B X for X [r, b] of few columns, computed and left in memory as rows, (Xᵀ Bᵀ)ᵀ.
 

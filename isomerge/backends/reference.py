@@ -20,10 +20,36 @@ def polar(A: Tensor, *, rtol: float, precision: str) -> tuple[Tensor, Tensor, Te
 
 
 def polar_product(A: Tensor, B: Tensor, *, scale: Tensor, rtol: float, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    """polar(A) diag(scale) polar(B) [..., m, n], Σ σ_i of A [...] and of B [...]; A [..., m, q], B [..., q, n]."""
-    left, left_norm, _ = polar(A, rtol=rtol, precision=precision)
-    right, right_norm, _ = polar(B, rtol=rtol, precision=precision)
-    return (left * scale.double().unsqueeze(-2)) @ right, left_norm, right_norm
+    """polar(A) diag(scale) polar(B) [..., m, n]; Σ σ_i and ρ of A and of B [..., 2]; A [..., m, q], B [..., q, n]."""
+    left, left_norm, left_rank = polar(A, rtol=rtol, precision=precision)
+    right, right_norm, right_rank = polar(B, rtol=rtol, precision=precision)
+    norms, ranks = torch.stack([left_norm, right_norm], -1), torch.stack([left_rank, right_rank], -1)
+    return (left * scale.double().unsqueeze(-2)) @ right, norms, ranks
+
+
+def principal(moment: Tensor, k: int, *, delta: Tensor | None, rtol: float) -> tuple[Tensor, Tensor]:
+    """Leading k eigenvectors [..., m, k] and eigenvalues [..., k] of M = `moment`, or of Δ M Δᵀ; zero where null."""
+    M = moment.double()
+    if delta is not None:
+        M = delta.double() @ M @ delta.double().mT
+    values, vectors = torch.linalg.eigh((M + M.mT) / 2)
+    values, vectors = values.flip(-1)[..., :k], vectors.flip(-1)[..., :k]
+    kept = values > rtol * values[..., :1].clamp_min(0)
+    return vectors * kept.unsqueeze(-2), values * kept
+
+
+def shift_cov(X: Tensor, delta: Tensor | None, *, out: Tensor, precision: str) -> Tensor:
+    """out + YᵀY, where Y = X, or X Δᵀ with Δ = `delta`; the sum is left in `out`."""
+    Y = X.double() if delta is None else X.double() @ delta.double().mT
+    moment = Y.mT @ Y
+    return out.add_((moment + moment.mT) / 2)
+
+
+def project_scale(Q: Tensor, W: Tensor, *, row_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """C [..., T s, n] of rows row_scale[t, i] (Q_tᵀ W_t)[i], and the sums of squares of its columns [..., n]."""
+    C = row_scale.double().unsqueeze(-1) * (Q.double().mT @ W.double())
+    C = C.flatten(-3, -2)
+    return C, C.square().sum(-2)
 
 
 def rsvd(

@@ -44,7 +44,11 @@ register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none o
 
 
 def _aligned(A: Tensor) -> Tensor:
-    return A if A.data_ptr() % ALIGNMENT == 0 else A.clone(memory_format=torch.contiguous_format)
+    """A where it starts on the boundary and has no gaps between its rows or columns, else a copy that does."""
+    dense = A.is_contiguous() or (A.dim() == 2 and A.mT.is_contiguous())
+    if dense and A.data_ptr() % ALIGNMENT == 0:
+        return A
+    return A.clone(memory_format=torch.preserve_format if dense else torch.contiguous_format)
 
 
 def matrices(stack: Tensor) -> list[Tensor]:
@@ -55,19 +59,24 @@ def matrices(stack: Tensor) -> list[Tensor]:
     return views
 
 
-def side_by_side(function: Callable[..., Result], *inputs: Sequence[Tensor]) -> list[Result]:
+def side_by_side(
+    function: Callable[..., Result], *inputs: Sequence[Tensor], out: Sequence[Tensor] | None = None
+) -> list[Result]:
     """[function(a, b, ...) for each a, b, ... of the inputs]; on the CPU one worker per torch thread.
 
-    The first exception that a call raises is raised here, after all calls have ended.
+    With `out`, each call also gets `out=` the tensor it may write to. The first exception that a call raises is raised
+    here, after all calls have ended.
     """
     calls = list(zip(*inputs, strict=True))
+    targets: list[dict[str, Tensor]] = [{}] * len(calls) if out is None else [{"out": target} for target in out]
     if not calls or calls[0][0].device.type != "cpu":
-        return [function(*call) for call in calls]
+        return [function(*call, **target) for call, target in zip(calls, targets, strict=True)]
 
-    def run(call: Sequence[Tensor]) -> Result:
-        return function(*map(_aligned, call))
+    def run(call: Sequence[Tensor], target: dict[str, Tensor]) -> Result:
+        return function(*map(_aligned, call), **target)
 
-    futures = [_pool(torch.get_num_threads()).submit(run, call) for call in calls]
+    pool = _pool(torch.get_num_threads())
+    futures = [pool.submit(run, call, target) for call, target in zip(calls, targets, strict=True)]
     errors = [error for error in (future.exception() for future in futures) if error is not None]
     if errors:
         raise errors[0]

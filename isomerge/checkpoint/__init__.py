@@ -8,6 +8,7 @@ from isomerge.checkpoint.folder import open_checkpoint
 from isomerge.checkpoint.format import TensorSpec
 from isomerge.checkpoint.memory import MemoryWriter, from_state_dict
 from isomerge.checkpoint.reader import Checkpoint, TensorInfo
+from isomerge.checkpoint.single import write_safetensors
 from isomerge.checkpoint.writer import Writer
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "Writer",
     "from_state_dict",
     "open_checkpoint",
+    "write_safetensors",
 ]

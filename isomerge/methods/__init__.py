@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from types import MappingProxyType
 
 from torch import Tensor
 
 from isomerge.errors import InputError
+from isomerge.methods.esm import PRESETS, esm, layer_factors
 from isomerge.methods.iso import iso_c, iso_cts, subspace_sizes
 from isomerge.methods.linear import average, task_arithmetic
 from isomerge.methods.ties import dare_linear, dare_ties, ties
@@ -24,8 +25,10 @@ __all__ = [
     "check_parameters",
     "dare_linear",
     "dare_ties",
+    "esm",
     "iso_c",
     "iso_cts",
+    "layer_factors",
     "task_arithmetic",
     "ties",
     "tsvm",
@@ -58,6 +61,8 @@ class Method:
     seeded: bool  # takes `seed`
     flops: Callable[[int, int, int], float]  # (m, n, T) -> floating-point operations per matrix
     peak_floats: Callable[[int, int, int], float]  # (m, n, T) -> float32 working memory per matrix, beside the deltas
+    moments: bool = False  # called with (deltas, moments): needs a statistics file of every expert
+    presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # name -> parameters; first is default
 
 
 def _polar_flops(m: int, n: int) -> float:
@@ -89,6 +94,12 @@ def _tsvm_flops(m: int, n: int, T: int) -> float:
     )
 
 
+def _esm_flops(m: int, n: int, T: int) -> float:
+    r, s = min(m, n), m // T
+    task = 2.0 * r * m * n + 9.0 * r**3 + 4.0 * m * n * s
+    return T * task + _polar_flops(m, T * s) + _polar_flops(T * s, n) + 2.0 * m * T * s * min(n, T * s)
+
+
 def _elementwise_flops(per_element: float) -> Callable[[int, int, int], float]:
     return lambda m, n, T: per_element * m * n * T
 
@@ -96,6 +107,11 @@ def _elementwise_flops(per_element: float) -> Callable[[int, int, int], float]:
 def _spectral_floats(m: int, n: int, T: int) -> float:
     r = min(m, n)
     return 8.0 * m * n + 12.0 * r * r + 3.0 * (m + n) * r  # float64 copies of one matrix and its Gram, bases, factors
+
+
+def _esm_floats(m: int, n: int, T: int) -> float:
+    side = max(m, n)
+    return _spectral_floats(m, n, T) + 12.0 * m * m + 4.0 * side * side  # concatenated bases, moments in float64
 
 
 def _elementwise_floats(per_element: float) -> Callable[[int, int, int], float]:
@@ -143,6 +159,17 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 (Parameter("common_space_fraction", float, 0.8, 0.0, 1.0, "share of the directions that is common"),),
                 False, False, False, _iso_cts_flops, _spectral_floats,
             ),
+            Method(
+                "esm", esm, "Essential subspace merging", "arXiv 2602.20208, 2606.19164",
+                (
+                    Parameter("preset", str, "vit", None, None, "vit or text: what the other parameters default to"),
+                    Parameter("eigenvalue_power", float, 0.15, 0.0, 2.0, "of the weights of the principal directions"),
+                    Parameter("task_exponent", float, 2.0, 0.0, 8.0, "polarization between tasks; 0 is none"),
+                    Parameter("dimension_exponent", float, 2.0, 0.0, 8.0, "polarization between columns; 0 is none"),
+                    Parameter("layer_exponent", float, 2.0, 0.0, 8.0, "polarization between like layers; 0 is none"),
+                ),
+                False, False, False, _esm_flops, _esm_floats, moments=True, presets=PRESETS,
+            ),
         )
     }
 )  # fmt: skip
@@ -155,7 +182,7 @@ def suggestion(name: str, known: Mapping[str, object] | list[str]) -> str:
 
 
 def check_parameters(method: str, parameters: Mapping[str, object]) -> dict[str, object]:
-    """All parameters of `method`, given ones checked, others at their defaults.
+    """All parameters of `method`, given ones checked, others at their defaults or at those of the preset.
 
     Raises InputError for an unknown method or parameter, a wrong type, and a value outside its range.
     """
@@ -165,6 +192,13 @@ def check_parameters(method: str, parameters: Mapping[str, object]) -> dict[str,
         )
     known = {parameter.name: parameter for parameter in METHODS[method].parameters}
     values = {name: parameter.default for name, parameter in known.items()}
+    presets = METHODS[method].presets
+    if presets:
+        preset = parameters.get("preset", next(iter(presets)))
+        if not isinstance(preset, str) or preset not in presets:
+            hint = suggestion(preset, presets) if isinstance(preset, str) else ""
+            raise InputError(f"parameters.preset: expected one of {', '.join(presets)}, got {preset!r}{hint}")
+        values = {**values, **presets[preset]}
     for name, value in parameters.items():
         if name not in known:
             expected = f"expected one of: alpha{''.join(f', {other}' for other in known)}"
@@ -172,6 +206,7 @@ def check_parameters(method: str, parameters: Mapping[str, object]) -> dict[str,
                 f"parameters.{name}: unknown parameter of {method}{suggestion(name, ['alpha', *known])}; {expected}"
             )
         values[name] = _checked(known[name], value)
+    values.pop("preset", None)
     return values
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from isomerge import ops
-from isomerge.methods.bases import beside, without_null
+from isomerge.methods.bases import beside, norms, without_null
 from isomerge.methods.linear import total
 
 
@@ -50,7 +50,7 @@ def iso_cts(
     rsvd = partial(ops.rsvd, precision=precision, backend=backend)
     matmul = partial(ops.matmul, backend=backend)
     summed = total(deltas)
-    null = ops.RANK_RTOL * torch.linalg.vector_norm(deltas, dim=(-2, -1)) / math.sqrt(min(m, n))  # [..., T]
+    null = ops.RANK_RTOL * norms(deltas) / math.sqrt(min(m, n))  # [..., T]
     if m <= n:
         basis = ops.subspace(summed, k, full=True, precision=precision, backend=backend)  # [..., m, m]
         U_c, complement = basis[..., :k], basis[..., k:]
@@ -58,7 +58,7 @@ def iso_cts(
         S_c = torch.linalg.vector_norm(rows, dim=-1)
         # 4 times the usual threshold, above the rounding of this float32 product; k-th values of updates are far larger
         S_c = torch.where(S_c > 4 * ops.RANK_RTOL * S_c.amax(-1, keepdim=True), S_c, 0) if k else S_c
-        V_c = rows * torch.where(S_c > 0, S_c.reciprocal(), 0).unsqueeze(-1)
+        V_c = torch.where((S_c > 0).unsqueeze(-1), rows / S_c.unsqueeze(-1), 0)
         U_t, S_t, V_t = rsvd(matmul(complement.mT.unsqueeze(-3), deltas), s, atol=null)  # [..., T, m - k, s]
     else:
         U_c, S_c, V_c = rsvd(summed, k)

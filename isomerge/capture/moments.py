@@ -1,0 +1,183 @@
+"""Sums YᵀY over the calls of many layers, in which layers that read the same tensors share one sum.
+
+Sharing is found while running, never assumed: a layer joins a sum when its whole history is that sum's, and leaves it
+with a copy before the first tensor that the others did not read. Beyond the moments themselves, at most 256 MB of rows
+are held, or those of one call if that is more, and the tensors that some of their readers have yet to read.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from isomerge import ops
+from isomerge.errors import InputError
+
+TOKENS = 8192  # rows that are gathered and multiplied at a time
+_BYTES = 256 << 20  # of rows that are kept before they are multiplied: a product of few rows costs as one of many
+
+
+@dataclass(slots=True)
+class _Read:
+    """A tensor that some members of a sum have read, and that waits for the others.
+
+    While it waits, its rows that count are kept as they were, in `copy`.
+    """
+
+    tensor: Tensor
+    version: int | None
+    rows: Tensor | None
+    readers: set[str]
+    copy: Tensor | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Sum:
+    """`moment` [d, d] over `tokens` rows; `members` are the layers that read exactly the tensors in it."""
+
+    space: str
+    rule: str  # which tokens count; layers with different rules share nothing
+    members: set[str]
+    moment: Tensor | None = None
+    tokens: int = 0
+    calls: int = 0
+    waiting: _Read | None = None
+    rows: list[Tensor] = field(default_factory=list)  # that are not in the moment yet
+
+
+def _no_delta(name: str) -> Tensor:
+    raise KeyError(name)
+
+
+@dataclass(slots=True)
+class Moments:
+    """The sums of all layers, in `dtype`. For layers in output space, `delta` gives Δ [m, n] and `rows_of` m."""
+
+    dtype: torch.dtype = torch.float32
+    delta: Callable[[str], Tensor] = _no_delta
+    rows_of: Callable[[str], int] = len
+    _of: dict[str, Sum] = field(default_factory=dict)
+    _fresh: dict[int, tuple[weakref.ref[Tensor], int, Sum]] = field(default_factory=dict)
+    _kept: int = 0  # bytes of rows
+
+    def add(self, name: str, X: Tensor, rows: Tensor | None, *, space: str = "input", rule: str = "") -> None:
+        """One call of a layer with inputs X [..., n]; of its N tokens those of `rows` count, or all."""
+        version = None if X.is_inference() else X._version
+        found = self._of.get(name)
+        if found is None:
+            found = self._shared(X, version, space, rule)
+            if found is not None:
+                found.members.add(name)
+                self._of[name] = found
+                return
+            found = self._of[name] = Sum(space, rule, {name})
+            if space == "input" and version is not None:
+                self._fresh[id(X)] = (weakref.ref(X), version, found)
+        waiting = found.waiting
+        if waiting is not None:
+            if waiting.tensor is X and waiting.version == version and name not in waiting.readers:
+                waiting.readers.add(name)
+            else:
+                self._split(found)
+                found, waiting = self._of[name], None
+        if waiting is None:
+            waiting = found.waiting = _Read(X, version, rows, {name})
+        if waiting.readers == found.members:
+            self._take(found)
+        elif waiting.copy is None:
+            flat = X.detach().reshape(-1, X.shape[-1])
+            waiting.copy = flat.clone() if rows is None else flat.index_select(0, rows)
+
+    def end_of_batch(self) -> None:
+        """Settles what waits: layers that did not read what others read go their own way."""
+        for found in self.sums():
+            if found.waiting is not None:
+                self._split(found)
+        self._fresh.clear()
+
+    def flush(self) -> None:
+        """Multiplies all rows that are kept. On a CPU by as many threads as torch has, each on one sum."""
+        work = [found for found in self.sums() if found.rows]
+        self._kept = 0
+        if len({found.rows[0].device.type for found in work} - {"cpu"}) > 0 or torch.get_num_threads() == 1:
+            for found in work:
+                self._multiply(found)
+        elif work:
+            # The first by itself: it starts the threads that ops keep, which two at once must not do.
+            self._multiply(work.pop(0))
+            with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="isomerge-capture") as threads:
+                for done in [threads.submit(self._multiply, found) for found in work]:
+                    done.result()
+
+    def sums(self) -> list[Sum]:
+        """All sums, in the order in which their layers ran first."""
+        return list(dict.fromkeys(self._of.values()))
+
+    def __iter__(self) -> Iterator[tuple[str, Sum]]:
+        """(layer, its sum), in the order in which the layers ran first."""
+        return iter(self._of.items())
+
+    def _shared(self, X: Tensor, version: int | None, space: str, rule: str) -> Sum | None:
+        """The sum that holds X and nothing else, if any."""
+        reference, seen, found = self._fresh.get(id(X), (None, None, None))
+        if space != "input" or version is None or reference is None or found is None:
+            return None
+        same = reference() is X and seen == version and found.rule == rule
+        return found if same and found.calls == 1 and found.waiting is None else None
+
+    def _split(self, found: Sum) -> None:
+        """Gives the members that have not read the waiting tensor a sum of their own, then adds it to the rest."""
+        assert found.waiting is not None
+        others = found.members - found.waiting.readers
+        if others:
+            moment = None if found.moment is None else found.moment.clone()
+            apart = Sum(found.space, found.rule, others, moment, found.tokens, found.calls, rows=list(found.rows))
+            found.members = found.members - others
+            self._of.update(dict.fromkeys(others, apart))
+        self._take(found)
+
+    def _take(self, found: Sum) -> None:
+        """Adds the waiting tensor to a sum."""
+        read, found.waiting = found.waiting, None
+        assert read is not None
+        name = min(found.members)
+        found.calls += 1
+        X, rows = read.copy, None
+        if X is None:
+            X, rows = read.tensor.detach().reshape(-1, read.tensor.shape[-1]), read.rows
+        count = len(X) if rows is None else len(rows)
+        if found.moment is None:
+            d = X.shape[1] if found.space == "input" else self.rows_of(name)
+            found.moment = torch.zeros(d, d, dtype=self.dtype, device=X.device)
+        for start in range(0, count, TOKENS):
+            part = X[start : start + TOKENS] if rows is None else X.index_select(0, rows[start : start + TOKENS])
+            if rows is None and read.copy is None and part.nbytes < _BYTES:
+                part = part.clone()  # what the model does to its tensor later must not count
+            found.rows.append(part)
+            self._kept += part.nbytes
+            if self._kept >= _BYTES:
+                self.flush()
+        found.tokens += count
+
+    @torch.no_grad()
+    def _multiply(self, found: Sum) -> None:
+        """Adds the rows that are kept to the moment."""
+        X = found.rows[0] if len(found.rows) == 1 else torch.cat(found.rows)
+        found.rows.clear()
+        name = min(found.members)
+        delta = self.delta(name) if found.space == "output" else None
+        try:
+            ops.shift_cov(X, delta, out=found.moment)
+        except ValueError:
+            if bool(X.isfinite().all()):
+                raise
+            bad = int((~X.isfinite()).sum())
+            raise InputError(
+                f"{name}: {bad} of {X.numel()} values of its input are not finite; check the samples, or run the model"
+                " in float32"
+            ) from None

@@ -1,0 +1,260 @@
+"""The loop over a plan: for each group read -> method -> write.
+
+The same inputs and settings on one machine give the same bytes, whatever the groups, the shards and the reading
+thread do: methods compute each matrix of a stack as if it were alone, pieces have a size of their own, and random
+numbers are seeded by the tensor's name.
+
+Where an update is scaled by its norm among all layers of its type, the updates of the type wait in a file until the
+last of them is computed; then each is read back, scaled, added to the base and written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from isomerge.checkpoint import Checkpoint
+from isomerge.deltas import PIECE_ELEMENTS, DeltaReader, Group, Stack, Unit
+from isomerge.errors import InputError
+from isomerge.methods import METHODS
+from isomerge.moments import Moments
+from isomerge.plan import Assignment, Plan
+from isomerge.report import Report, peak_rss
+from isomerge.schedule import Step
+from isomerge.spool import Spool
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a merge is; bytes are those read and written together."""
+
+    bytes_done: int
+    bytes_total: int
+    matrices_done: int
+    matrices_total: int
+    name: str  # the tensor just computed or written
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Open checkpoints, the statistics of the experts where a method needs them, and the plan of their merge."""
+
+    plan: Plan
+    base: Checkpoint
+    experts: tuple[Checkpoint, ...]
+    statistics: tuple[Moments, ...] = ()
+
+
+class _Sink(Protocol):
+    def write(self, name: str, tensor: Tensor, start: int = 0) -> None: ...
+
+
+def run(
+    job: Job,
+    sink: _Sink,
+    spool: Spool,
+    report: Report,
+    allow_nonfinite: bool,
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    """Writes every tensor of the plan to the sink and completes the report."""
+    started = time.perf_counter()
+    weights = [model.weight for model in job.plan.settings.models]
+    reader = DeltaReader(job.base, job.experts, weights, moments=job.statistics, allow_nonfinite=allow_nonfinite)
+    state = _Run(job, reader, sink, spool, report, progress)
+    for assignment in job.plan.assignments:
+        if assignment.call is None:
+            state.copy(assignment)
+
+    def read(group: Group) -> tuple[Stack, float]:
+        before = time.perf_counter()
+        return reader.read(group), time.perf_counter() - before
+
+    steps = job.plan.steps
+    with closing(_ahead(read, [step.group for step in steps])) as stacks:
+        for step, following in zip(steps, (*steps[1:], None), strict=True):
+            stack, seconds = next(stacks)
+            report.totals.read_seconds += seconds
+            state.step(step, stack)
+            del stack  # before the next is taken: two stacks in memory, never three
+            if step.layer_type is not None and (following is None or following.layer_type != step.layer_type):
+                state.release()
+    state.finish()
+    report.totals.seconds = time.perf_counter() - started
+    report.totals.peak_bytes = peak_rss()
+
+
+def _ahead(
+    read: Callable[[Group], tuple[Stack, float]], groups: Sequence[Group]
+) -> Generator[tuple[Stack, float], None, None]:
+    """What `read` gives for each group in order; the next is read in a thread while the caller works on one."""
+    if not groups:
+        return
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="isomerge-read") as pool:
+        coming = pool.submit(read, groups[0])
+        for group in groups[1:]:
+            stack = coming.result()
+            coming = pool.submit(read, group)
+            yield stack
+            del stack
+        yield coming.result()
+
+
+class _Run:
+    """One pass over a plan: merges units, writes them, keeps the records."""
+
+    def __init__(
+        self,
+        job: Job,
+        reader: DeltaReader,
+        sink: _Sink,
+        spool: Spool,
+        report: Report,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._job, self._reader, self._sink, self._spool = job, reader, sink, spool
+        self._report, self._progress = report, progress
+        self._assignments = {a.name: a for a in job.plan.assignments}
+        self._records = {record.name: record for record in report.tensors}
+        self._squares: dict[str, list[float]] = {}  # tensor -> sums over its units of ||sum of deltas||², ||update||²
+        self._matrices = 0
+
+    def copy(self, assignment: Assignment) -> None:
+        """The base's values, piece by piece."""
+        for start in range(0, assignment.numel, PIECE_ELEMENTS):
+            values = self._job.base.read(assignment.name, start, min(PIECE_ELEMENTS, assignment.numel - start))
+            self._report.totals.bytes_read += values.nbytes
+            self._write(assignment, values, start)
+        self._tell(assignment.name)
+
+    def step(self, step: Step, stack: Stack) -> None:
+        """One group: every unit computed, added to the base and written; or kept until its layer factor is known."""
+        self._report.totals.bytes_read += stack.bytes_read
+        for (expert, name), count in stack.nonfinite.items():
+            nonfinite = self._records[name].nonfinite
+            label = self._job.experts[expert].label
+            nonfinite[label] = nonfinite.get(label, 0) + count
+        for index, (unit, update, seconds) in enumerate(self._updates(step, stack)):
+            before = time.perf_counter()
+            self._squares.setdefault(unit.name, [0.0, 0.0])[0] += _norm(stack.deltas[index].sum(0)) ** 2
+            self._spend(unit, seconds + time.perf_counter() - before)
+            self._matrices += step.kind == "matrix"
+            if step.layer_type is None:
+                self._add(step, unit, update, stack.base[index])
+            else:
+                self._keep(step, unit, update)
+            self._tell(unit.name)
+
+    def release(self) -> None:
+        """Updates of one type of layers, now that the norms of all are known: scaled, added to the base, written."""
+        for waiting, factor in self._spool.factors():
+            step, unit = waiting.step, waiting.unit
+            self._records[unit.name].layer_factor = factor
+            before = time.perf_counter()
+            update, base = self._spool.read(waiting), self._reader.read_base(unit, step.group)
+            self._report.totals.read_seconds += time.perf_counter() - before
+            self._report.totals.bytes_read += self._reader.base_bytes(unit)
+            self._add(step, unit, update, base, factor)
+            self._tell(unit.name)
+            del update, base  # before the next are read
+        self._spool.clear()
+
+    def finish(self) -> None:
+        """Norms of whole tensors, and the warnings that only the data could give."""
+        for name, (deltas, update) in self._squares.items():
+            self._records[name].delta_sum_norm, self._records[name].update_norm = deltas**0.5, update**0.5
+        totals: dict[str, int] = {}
+        for record in self._report.tensors:
+            for label, count in record.nonfinite.items():
+                totals[label] = totals.get(label, 0) + count
+        for label, count in totals.items():
+            self._report.warnings.append(f"{label}: {count} non-finite values were left out of the merge")
+
+    def _updates(self, step: Step, stack: Stack) -> Iterator[tuple[Unit, Tensor, float]]:
+        """(unit, update [m, n], share of the time) of a stack [L, T, m, n]: one call for all, or one each if seeded."""
+        method, units, deltas = METHODS[step.call.method], step.group.units, stack.deltas
+        before = time.perf_counter()
+        if not method.seeded:
+            inputs = (deltas,) if stack.moments is None else (deltas, stack.moments)
+            updates = method.function(*inputs, **step.call.arguments)
+            share = (time.perf_counter() - before) / len(units)
+            yield from ((unit, update, share) for unit, update in zip(units, updates, strict=True))
+            return
+        for unit, mine in zip(units, deltas, strict=True):
+            before = time.perf_counter()
+            seed = unit_seed(self._job.plan.settings.seed, unit.label)
+            update = method.function(mine, **step.call.arguments, seed=seed)
+            yield unit, update, time.perf_counter() - before
+
+    def _keep(self, step: Step, unit: Unit, update: Tensor) -> None:
+        """The update and its norm to the spool; the norm is summed in float64, for its powers are to come."""
+        before = time.perf_counter()
+        update = update.to(step.group.dtype).contiguous()
+        norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
+        self._spend(unit, time.perf_counter() - before)
+        if not math.isfinite(norm):
+            raise ArithmeticError(f"{unit.label}: {step.call.method} gave non-finite values")
+        before = time.perf_counter()
+        self._spool.put(step, unit, update, norm)
+        self._report.totals.write_seconds += time.perf_counter() - before
+
+    def _add(self, step: Step, unit: Unit, update: Tensor, base: Tensor, factor: float = 1.0) -> None:
+        """Writes base + alpha * factor * update, computed in the arithmetic dtype; the product is rounded before it is
+        added.
+        """
+        alpha = step.call.alpha
+        before = time.perf_counter()
+        merged = update * (alpha * factor)
+        norm = _norm(merged)
+        if not math.isfinite(norm):
+            raise ArithmeticError(f"{unit.label}: {step.call.method} with alpha {alpha:g} gave non-finite values")
+        self._squares[unit.name][1] += norm**2
+        merged.add_(base)
+        self._spend(unit, time.perf_counter() - before)
+        self._write(self._assignments[unit.name], merged.mT if step.group.transposed else merged, unit.start)
+
+    def _spend(self, unit: Unit, seconds: float) -> None:
+        self._records[unit.name].seconds += seconds
+        self._report.totals.compute_seconds += seconds
+
+    def _write(self, assignment: Assignment, values: Tensor, start: int) -> None:
+        before = time.perf_counter()
+        cast = values.to(assignment.out_dtype).contiguous()
+        if cast.dtype is torch.float16 and values.dtype is not torch.float16:
+            overflow = int((torch.isinf(cast) & torch.isfinite(values)).sum())
+            if overflow:
+                raise InputError(
+                    f"{self._job.plan.settings.source}: out_dtype: {overflow} values of {assignment.name} overflow "
+                    "float16; use bfloat16 or float32"
+                )
+        for name in (assignment.name, *assignment.aliases):
+            self._sink.write(name, cast, start)
+            self._report.totals.bytes_written += cast.nbytes
+        self._report.totals.write_seconds += time.perf_counter() - before
+
+    def _tell(self, name: str) -> None:
+        if self._progress is not None:
+            totals, plan = self._report.totals, self._job.plan
+            total = plan.bytes_read + plan.bytes_written
+            done = totals.bytes_read + totals.bytes_written
+            self._progress(Progress(done, total, self._matrices, plan.matrices, name))
+
+
+def unit_seed(seed: int, label: str) -> int:
+    """A seed for one unit that depends on the recipe's seed and on its name alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{label}".encode()).digest()[:8], "big") >> 1
+
+
+def _norm(values: Tensor) -> float:
+    """Frobenius norm; summed in float64 where the squares overflow the values' own dtype."""
+    norm = float(torch.linalg.vector_norm(values))
+    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(values, dtype=torch.float64))
