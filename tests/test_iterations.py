@@ -6,8 +6,11 @@ import pytest
 import torch
 from spectra import orthonormal as random_orthonormal
 from spectra import projector, relative
+from torch import Tensor
 
-from isomerge.backends.iterations import block_krylov, chebyshev_subspace, orthonormal
+from isomerge import ops
+from isomerge.backends.eigen import gram
+from isomerge.backends.iterations import block_krylov, chebyshev_subspace, eigh, orthonormal
 
 
 def operator(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,3 +83,30 @@ def test_chebyshev_subspace_declines_what_it_cannot_resolve() -> None:
     assert chebyshev_subspace(flat, 8, tol=1e-5, noise=1e-8) is None  # too slow
     assert chebyshev_subspace(flat, 8, tol=1e-5, noise=1e-3, rounds=50) is None  # too noisy
     assert chebyshev_subspace(torch.zeros(300, 300), 8, tol=1e-5, noise=1e-8) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_eigh_answers_where_lapack_gives_up(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(1536, 380, generator=generator) * torch.logspace(0, -3, 380)
+    A[:, 130:] = 0  # bases of which a share is null: float32 divide and conquer raises on three of these four
+    A = A[:, torch.randperm(380, generator=generator)]
+    G = gram(A)
+    values, V = eigh(G)
+    assert torch.isfinite(V).all()
+    torch.testing.assert_close(V.mT @ V, torch.eye(380), rtol=0, atol=1e-5)
+    torch.testing.assert_close((V * values) @ V.mT, G, rtol=0, atol=1e-5 * values[-1].item())
+    expected = ops.polar(A, backend="reference").factor
+    assert torch.linalg.vector_norm(ops.polar(A).factor - expected) <= 1e-4 * torch.linalg.vector_norm(expected)
+
+
+def test_eigh_falls_back_to_an_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(G: Tensor) -> None:
+        raise torch.linalg.LinAlgError("no convergence")
+
+    G = gram(torch.randn(9, 6, generator=torch.Generator().manual_seed(0)).double())
+    expected = torch.linalg.eigvalsh(G)
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    values, V = eigh(G)
+    torch.testing.assert_close(values, expected)
+    torch.testing.assert_close((V * values) @ V.mT, G)

@@ -31,7 +31,7 @@ from isomerge.backends.eigen import (
     times,
     unresolved,
 )
-from isomerge.backends.iterations import block_krylov
+from isomerge.backends.iterations import block_krylov, eigh
 from isomerge.backends.side_by_side import matrices, side_by_side
 
 TOKENS = 512
@@ -212,7 +212,7 @@ def _factored(A: Tensor, rtol: float, precision: str) -> _Factored:
         if result is not None:
             return result
     B = A.double()
-    values, V = torch.linalg.eigh(gram(B))
+    values, V = eigh(gram(B))
     S = values.clamp_min(0).sqrt()
     kept = S > rtol * S[-1]
     error = noise(torch.float64)
@@ -234,7 +234,7 @@ def _factored_mixed(A: Tensor, rtol: float, tolerance: float) -> _Factored | Non
     computed in float64: its own small Gram resolves singular values down to 1e-8 of the largest.
     """
     r = A.shape[1]
-    values, V = torch.linalg.eigh(gram(A))
+    values, V = eigh(gram(A))
     d = unresolved(values, noise(A.dtype), tolerance)
     if d > r // 3:
         return None
@@ -245,7 +245,7 @@ def _factored_mixed(A: Tensor, rtol: float, tolerance: float) -> _Factored | Non
     B = A.double()
     X, V = decoupled(lambda X: times(B.mT, times(B, X)), values[d:], block, V)
     Y = times(B, X)
-    squares, W = torch.linalg.eigh(gram(Y))
+    squares, W = eigh(gram(Y))
     least = squares.clamp_min(0).sqrt()
     kept = least > rtol * S[-1]
     below = torch.where(kept, least.reciprocal(), 0)
@@ -274,7 +274,7 @@ def _rsvd(
         Y = _image(B, Q, wide, V.double())
         squares = torch.linalg.vector_norm(Y, dim=0).square()
     if not eigenvectors:  # Rayleigh-Ritz: whatever basis of the subspace V is, the SVD of Y turns it to the triplets
-        squares, W = torch.linalg.eigh(gram(Y.double()))
+        squares, W = eigh(gram(Y.double()))
         squares, W = squares.flip(0), W.flip(1)
     V = V.to(B.dtype)
     S = squares.clamp_min(0).sqrt()
@@ -295,12 +295,12 @@ def _principal(M: Tensor, delta: Tensor | None, k: int, rtol: float) -> tuple[Te
     M = M.double()
     if delta is None or delta.shape[0] <= delta.shape[1]:
         C = M if delta is None else (D := delta.double()) @ M @ D.mT
-        values, V = torch.linalg.eigh(C)
+        values, V = eigh(C)
         values, V = values[-k:].flip(0), V[:, -k:].flip(1)
     else:
         D = delta.double()
         L = _square_root(M)
-        values, W = torch.linalg.eigh(L.mT @ (gram(D) @ L))
+        values, W = eigh(L.mT @ (gram(D) @ L))
         values, W = values.flip(0), W.flip(1)
         count = min(k, values.shape[0])
         V = times(D, times(L, W[:, :count]) * values[:count].clamp_min(torch.finfo(dtype).tiny).rsqrt())
@@ -314,7 +314,7 @@ def _square_root(M: Tensor) -> Tensor:
     L, failed = torch.linalg.cholesky_ex(M)
     if not bool(failed):
         return L
-    values, V = torch.linalg.eigh(M)
+    values, V = eigh(M)
     return V * values.clamp_min(0).sqrt()
 
 

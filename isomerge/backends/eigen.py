@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from isomerge.backends.iterations import chebyshev_subspace
+from isomerge.backends.iterations import chebyshev_subspace, eigh
 
 TOLERANCE = {"fast": 1e-2, "default": 3e-5, "exact": 1e-8}
 """Accepted error bound by precision, for one step. A method makes up to four; "default" must stay under 1e-4 in all."""
@@ -123,7 +123,7 @@ def decoupled(apply: Callable[[Tensor], Tensor], values: Tensor, block: Tensor, 
     """
     X = block.double()
     GX = apply(X)
-    theta, W = torch.linalg.eigh(X.mT @ GX)
+    theta, W = eigh(X.mT @ GX)
     X, GX = times(X, W), times(GX, W)
     residual = (GX - X * theta).to(rest.dtype)
     H = times(rest.mT, residual).double() / (theta[None, :] - values.double()[:, None])
@@ -155,7 +155,7 @@ def leading(gram_in: GramIn, apply: Apply, r: int, k: int, dtype: torch.dtype, p
             X = chebyshev_subspace(G, k, tol=tolerance, noise=product)
             if X is not None:
                 return X, False
-        values, V = torch.linalg.eigh(G)
+        values, V = eigh(G)
         error = mixing(values, k, product + noise(dtype))
         if error <= tolerance:
             return V[:, -k:].flip(1), False
@@ -163,7 +163,7 @@ def leading(gram_in: GramIn, apply: Apply, r: int, k: int, dtype: torch.dtype, p
         if 2 * size <= r and error <= FIRST_ORDER:
             exact = mixing(values, k, product) > tolerance
             return _corrected(apply if exact else _applied(G), G, values, V, k, size), False
-    return torch.linalg.eigh(gram_in(torch.float64)[0]).eigenvectors[:, r - k :].flip(1), True
+    return eigh(gram_in(torch.float64)[0])[1][:, r - k :].flip(1), True
 
 
 def _applied(G: Tensor) -> Apply:
@@ -183,7 +183,7 @@ def _corrected(apply: Callable[[Tensor], Tensor], G: Tensor, values: Tensor, V: 
     X, GX = X + turn, GX + times(G, turn)
     L = torch.linalg.cholesky(X.mT @ X)
     inside = torch.linalg.solve_triangular(L, X.mT @ GX, upper=False)
-    W = torch.linalg.eigh(torch.linalg.solve_triangular(L, inside.mT, upper=False)).eigenvectors[:, -k:]
+    W = eigh(torch.linalg.solve_triangular(L, inside.mT, upper=False))[1][:, -k:]
     return times(X, torch.linalg.solve_triangular(L.mT, W, upper=True).flip(1))
 
 
@@ -193,7 +193,7 @@ def split_basis(G: Tensor, k: int, dtype: torch.dtype, precision: str) -> Tensor
     G in float64, of a matrix in `dtype`. A float32 eigensolve, of which the smaller part is decoupled in float64.
     """
     if dtype == torch.float32 and precision != "exact":
-        values, V = torch.linalg.eigh(G.float())
+        values, V = eigh(G.float())
         error = mixing(values, k, noise(dtype))
         if error <= SUBSPACE_SHARE * TOLERANCE[precision]:
             return V.flip(1)
@@ -204,6 +204,6 @@ def split_basis(G: Tensor, k: int, dtype: torch.dtype, precision: str) -> Tensor
             low = 2 * k > r  # the smaller part is at the lower end
             block, rest = (slice(size), slice(size, r)) if low else (slice(r - size, r), slice(r - size))
             X, others = decoupled(lambda X: times(G, X), values[rest], V[:, block], V[:, rest])
-            X = times(X, torch.linalg.eigh(X.mT @ times(G, X)).eigenvectors)
+            X = times(X, eigh(X.mT @ times(G, X))[1])
             return torch.cat([X, others.double()] if low else [others.double(), X], dim=1).flip(1)
-    return torch.linalg.eigh(G).eigenvectors.flip(1)
+    return eigh(G)[1].flip(1)

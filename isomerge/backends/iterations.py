@@ -12,6 +12,26 @@ BLOCK_OVERSAMPLING = 8
 """Extra columns of a Krylov block, so that a cluster at the k-th eigenvalue does not stall the block."""
 
 
+def eigh(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [r], ascending, and eigenvectors [r, r] of a positive semi-definite G [r, r], whatever its rank.
+
+    LAPACK's float32 divide and conquer gives up on some matrices with many equal eigenvalues, or returns NaN: Gram
+    matrices of bases of which 70 % of the columns are zero. Those are solved in float64, and if need be by an SVD.
+    """
+    try:
+        values, V = torch.linalg.eigh(G)
+    except torch.linalg.LinAlgError:
+        values, V = G.new_full(G.shape[:1], torch.nan), G
+    if bool((values.sum() + V.sum()).isfinite()):
+        return values, V
+    if G.dtype != torch.float64:
+        values, V = eigh(G.double())
+    else:
+        V, values, _ = torch.linalg.svd(G)
+        values, V = values.flip(0), V.flip(1)
+    return values.to(G.dtype), V.to(G.dtype)
+
+
 def orthonormal(X: Tensor) -> Tensor:
     """Orthonormal columns that span those of X [r, b], by CholeskyQR2 in float64; any X of full column rank."""
     X = X.double()
@@ -55,7 +75,7 @@ def block_krylov(apply: Callable[[Tensor], Tensor], r: int, k: int, *, like: Ten
             V = torch.cat([V, block], dim=1)
         GV = torch.cat(products, dim=1)
         H = V.mT @ GV
-        values, W = torch.linalg.eigh((H + H.mT) / 2)
+        values, W = eigh((H + H.mT) / 2)
         values, W = values.flip(0)[:b], W.flip(1)[:, :b]
         ritz = V @ W
         residual = torch.linalg.vector_norm(GV @ W - ritz * values, dim=0)[:k].max().item()
@@ -83,7 +103,7 @@ def chebyshev_subspace(
     X = orthonormal(torch.randn(r, min(r, 2 * k), dtype=torch.float64, generator=generator).to(G.device)).to(G.dtype)
     for _ in range(rounds):
         GX = (X.mT @ G).mT
-        theta, W = torch.linalg.eigh((X.mT @ GX).double())
+        theta, W = eigh((X.mT @ GX).double())
         X, GX = (W.mT.to(G.dtype) @ X.mT).mT, (W.mT.to(G.dtype) @ GX.mT).mT
         residual = torch.linalg.vector_norm(GX[:, -k:] - X[:, -k:] * theta[-k:].to(G.dtype), dim=0).double()
         gaps = theta[-k:] - theta[0]
