@@ -258,7 +258,8 @@ def shift_cov(
     many are ever stored.
     `precision` "default" multiplies in float32 (float64 for float64 X), "exact" in float64; the result is that of
     `out`, or the dtype of the products. Cost: N d² and, with a delta, 2 N m n.
-    Raises ValueError as `polar`, and for shapes or an `out` that do not match.
+    Raises ValueError as `polar`, and for shapes or an `out` that do not match; what is non-finite is found in the
+    result, so `out` is of no use after that.
     """
     _check("shift_cov", X, precision)
     batch, n = X.shape[:-2], X.shape[-1]
@@ -275,10 +276,13 @@ def shift_cov(
         )
     if X.numel() == 0 or d == 0:
         return out
-    for name, tensor in (("X", X), ("delta", delta)):
-        if tensor is not None and not bool(tensor.sum(dtype=torch.float64).isfinite()):
-            raise ValueError(f"shift_cov: {name} holds {int((~tensor.isfinite()).sum())} non-finite values")
     moment: Tensor = resolve("shift_cov", backend, X)(X, delta, out=out, precision=precision)
+    if not bool(moment.diagonal(dim1=-2, dim2=-1).sum().isfinite()):  # a pass over X would cost as much as a product
+        for name, tensor in (("X", X), ("delta", delta)):
+            count = 0 if tensor is None else int((~tensor.isfinite()).sum())
+            if count:
+                raise ValueError(f"shift_cov: {name} holds {count} non-finite values")
+        raise ValueError(f"shift_cov: the moment overflows {moment.dtype}; scale X, or give a float64 `out`")
     return moment
 
 

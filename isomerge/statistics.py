@@ -26,7 +26,7 @@ FORMAT = 1
 SPACES = ("input", "output")
 
 _AGAIN = "capture the statistics again"
-_RUNS, _RUN = 16, 16  # values of a tensor in its fingerprint: evenly spaced runs, and the length of each
+_RUNS, _RUN = 4, 64  # values of a tensor in its fingerprint: evenly spaced runs, and the length of each
 _ROWS = 512  # rows of a moment that are compared with its columns at a time
 _ASYMMETRY = 1024  # eps * the largest entry: what sums in different orders leave between M[i, j] and M[j, i]
 
@@ -182,7 +182,7 @@ def fingerprint(checkpoint: Checkpoint, names: Iterable[str]) -> str:
 
 
 def sample_values(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch.float32) -> bytes:
-    """Up to 256 values of a tensor, rounded to `dtype`, as bytes in float32: all, or 16 evenly spaced runs of 16."""
+    """Up to 256 values of a tensor, rounded to `dtype`, as bytes in float32: all, or 4 evenly spaced runs of 64."""
     info = checkpoint.tensors[checkpoint.aliases.get(name, name)]
     values = torch.cat([checkpoint.read(name, start, count) for start, count in _runs(info)])
     return bytes(values.to(dtype).float().view(torch.uint8).tolist())

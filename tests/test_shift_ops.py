@@ -211,6 +211,7 @@ def test_polar_product_of_stacks_equals_one_by_one_bit_for_bit() -> None:
         (lambda: ops.shift_cov(torch.ones(3, 4), out=torch.ones(4, 4).bfloat16()), "float32 or float64"),
         (lambda: ops.shift_cov(torch.full((3, 4), torch.nan)), "X holds 12 non-finite values"),
         (lambda: ops.shift_cov(torch.ones(3, 4), torch.full((2, 4), torch.inf)), "delta holds 8 non-finite values"),
+        (lambda: ops.shift_cov(torch.full((3, 4), 1e30)), "the moment overflows torch.float32"),
         (lambda: ops.shift_cov(torch.ones(3, 4).int()), "got torch.int32"),
         (lambda: ops.principal(torch.ones(3, 4), 1), r"must be \[..., n, n\]"),
         (lambda: ops.principal(torch.ones(4, 4), 1, delta=torch.ones(2, 5)), "as wide as the moment"),

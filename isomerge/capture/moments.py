@@ -175,7 +175,9 @@ class Moments:
             ops.shift_cov(X, delta, out=found.moment)
         except ValueError:
             if bool(X.isfinite().all()):
-                raise
+                raise InputError(
+                    f"{name}: the sum of squares of its input overflows float32; check the samples, or use float64"
+                ) from None
             bad = int((~X.isfinite()).sum())
             raise InputError(
                 f"{name}: {bad} of {X.numel()} values of its input are not finite; check the samples, or run the model"

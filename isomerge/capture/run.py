@@ -20,7 +20,7 @@ from isomerge.capture.sites import Site, find_sites, match_names, match_values, 
 from isomerge.checkpoint import Checkpoint, from_state_dict, open_checkpoint
 from isomerge.errors import InputError
 from isomerge.families import recognise
-from isomerge.statistics import Layer, fingerprint, moment_fault, sample_values, write_statistics
+from isomerge.statistics import Layer, fingerprint, sample_values, write_statistics
 
 Weights = str | Path | Checkpoint | Mapping[str, Tensor]
 
@@ -328,9 +328,6 @@ class _Run:
             if found.tokens == 0:
                 self.dropped.update(dict.fromkeys(found.members, "the attention mask keeps none of its tokens"))
                 continue
-            fault = moment_fault(moment)
-            if fault is not None:
-                raise InputError(f"{names[0]}: {fault}; run the model in float32, or check its samples")
             moments[names[0]] = moment.to("cpu")
             layer = Layer(found.tokens, found.space, len(moment), names[0])
             layers.update(dict.fromkeys(names, layer))
