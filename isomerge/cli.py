@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -305,21 +305,25 @@ def _set_debug(debug: bool) -> None:
 # Progress -------------------------------------------------------------------------------------------------------
 
 
+def _bar(title: str, *columns: ProgressColumn) -> Progress:
+    """A bar on stderr that leaves nothing behind: the title, how far it is, the columns, the time left."""
+    return Progress(
+        TextColumn(title),
+        BarColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
 @contextmanager
 def _progress(quiet: bool) -> Iterator[Callable[[MergeProgress], None] | None]:
     """A bar on a terminal, a line every tenth of the way elsewhere, nothing when quiet."""
     if quiet:
         yield None
     elif sys.stderr.isatty():
-        with Progress(
-            TextColumn("merging"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[data]}  {task.fields[matrices]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        ) as bar:
+        with _bar("merging", TaskProgressColumn(), TextColumn("{task.fields[data]}  {task.fields[matrices]}")) as bar:
             task = bar.add_task("merging", total=None, data="", matrices="")
 
             def update(state: MergeProgress) -> None:
@@ -342,15 +346,7 @@ def _capture_progress(quiet: bool) -> Iterator[Callable[[CaptureProgress], None]
     if quiet:
         yield None
     elif sys.stderr.isatty():
-        with Progress(
-            TextColumn("capturing"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        ) as bar:
+        with _bar("capturing", TaskProgressColumn(), TextColumn("{task.fields[text]}")) as bar:
             task = bar.add_task("capturing", total=None, text="")
 
             def update(state: CaptureProgress) -> None:
@@ -401,14 +397,7 @@ def _layers_progress() -> Iterator[Callable[[int, int, str], None] | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    with Progress(
-        TextColumn("inspecting"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} layers"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
+    with _bar("inspecting", TextColumn("{task.completed}/{task.total} layers")) as bar:
         task = bar.add_task("inspecting", total=None)
         yield lambda done, total, name: bar.update(task, completed=done, total=total)
 

@@ -8,7 +8,6 @@ import pty
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,36 +15,18 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from command_line import COMMAND, Run, read_terminal
 
 import isomerge
-from isomerge import cli
 from isomerge.checkpoint import open_checkpoint
 from isomerge.errors import InputError
 from isomerge.methods import METHODS
 
-COMMAND = [sys.executable, "-m", "isomerge.cli"]
 QUERY = "encoder.layer.0.attention.self.query.weight"
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def run_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The entry point in this process: a fresh one takes seconds to import torch."""
-
-    def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["isomerge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        code = caught.value.code
-        assert isinstance(code, int)
-        return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())
-
-    return call
 
 
 def tree(folder: Path) -> list[tuple[str, int]]:
@@ -166,17 +147,8 @@ def test_a_bar_on_a_terminal(recipe: Path) -> None:
     command = [*COMMAND, "merge", str(recipe), str(recipe.parent / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, "TERM": "xterm"}) as child:
         os.close(theirs)
-        shown = b""
-        while True:
-            try:
-                data = os.read(ours, 65536)
-            except OSError:  # the other end is closed
-                break
-            if not data:
-                break
-            shown += data
+        shown = read_terminal(ours)
         child.wait()
-    os.close(ours)
     assert child.returncode == 0
     assert b"13/13 matrices" in shown
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from command_line import Run, read_terminal
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
-from isomerge import cli
 from isomerge.capture.pretrained import capture_pretrained
 from isomerge.capture.samples import draw_order, image_steps
 from isomerge.checkpoint import open_checkpoint
@@ -34,29 +34,12 @@ SMALL = {
     "max_position_embeddings": LENGTH,
 }  # fmt: skip
 VISION = {**SMALL, "image_size": 8, "patch_size": 4, "projection_dim": 12}
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):  # the command sets them
         monkeypatch.setenv(name, "1")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The entry point in this process: a fresh one takes seconds to import transformers."""
-
-    def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["isomerge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        code = caught.value.code
-        assert isinstance(code, int)
-        return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())
-
-    return call
 
 
 def save_tokenizer(folder: Path, special: bool = True) -> None:
@@ -474,13 +457,7 @@ def test_a_process_on_a_terminal_shows_a_bar_and_leaves_no_network_traces(expert
         env={**environment, "TERM": "xterm"},
     )  # fmt: skip
     os.close(slave)
-    shown = b""
-    try:
-        while part := os.read(master, 4096):  # as it comes: a terminal that is full stops the process
-            shown += part
-    except OSError:  # Linux: the other end is closed
-        pass
-    os.close(master)
+    shown = read_terminal(master)
     printed, _ = child.communicate(timeout=120)
     assert child.returncode == 0, shown
     assert b"capturing" in shown

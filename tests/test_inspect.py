@@ -1,7 +1,5 @@
 """`isomerge inspect`: its numbers against SVDs of the feature shifts themselves, its tables, pictures and errors."""
 
-# ruff: noqa: F811 (the fixture `run` is imported)
-
 from __future__ import annotations
 
 import errno
@@ -17,10 +15,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from command_line import COMMAND, Run, read_terminal
 from matplotlib.colors import to_rgb
 from PIL import Image
 from safetensors.torch import save_file
-from test_cli import COMMAND, Run, run, tree  # noqa: F401
+from test_cli import tree
 from torch import Tensor
 
 from isomerge.checkpoint import from_state_dict
@@ -397,17 +396,8 @@ def on_a_terminal(columns: int, *arguments: str | Path) -> str:
     command = [*COMMAND, *map(str, arguments)]
     with subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, env=environment) as child:
         os.close(theirs)
-        shown = b""
-        while True:
-            try:
-                data = os.read(ours, 65536)
-            except OSError:  # the other end is closed
-                break
-            if not data:
-                break
-            shown += data
+        shown = read_terminal(ours)
         _, errors = child.communicate()
-    os.close(ours)
     assert child.returncode == 0, errors
     return shown.decode()
 

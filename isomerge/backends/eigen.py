@@ -171,7 +171,7 @@ def _applied(G: Tensor) -> Apply:
     return lambda X: times(G, X)
 
 
-def _corrected(apply: Callable[[Tensor], Tensor], G: Tensor, values: Tensor, V: Tensor, k: int, size: int) -> Tensor:
+def _corrected(apply: Apply, G: Tensor, values: Tensor, V: Tensor, k: int, size: int) -> Tensor:
     """The k leading eigenvectors in float64 from a float32 eigensolve of G (ascending): far ones enter to first order,
     as in `decoupled`, near ones by Rayleigh-Ritz in `size` dimensions. `apply` multiplies by the exact Gram."""
     split = V.shape[0] - size
