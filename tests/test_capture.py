@@ -657,6 +657,9 @@ def test_non_finite_inputs_name_the_layer() -> None:
         capture(model, [torch.full((2, 3), 10.0)])
     with pytest.raises(InputError, match=r"^0\.weight: the sum of squares of its input overflows float32"):
         capture(nn.Sequential(nn.Linear(3, 3)), [torch.full((2, 3), 1e30)])
+    wide, base = nn.Sequential(nn.Linear(4, 3)), {"0.weight": torch.full((3, 4), torch.nan)}
+    with pytest.raises(InputError, match=r"^0\.weight: 12 values of the difference between the model and the base are"):
+        capture(wide, [torch.ones(2, 4)], base=base)
 
 
 def test_mistakes_are_one_line() -> None:

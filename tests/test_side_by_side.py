@@ -57,6 +57,16 @@ def test_the_first_error_comes_after_all_calls_have_ended() -> None:
     assert sorted(ended) == [0, 1, 2, 3, 4]
 
 
+def test_a_call_may_itself_run_matrices_side_by_side() -> None:
+    """Its own run on its thread: were they put in the queue, all workers would wait for one another."""
+
+    def traces(A: Tensor) -> list[Tensor]:
+        return side_by_side(torch.trace, [A, 2 * A])
+
+    results = side_by_side(traces, [k * torch.eye(3) for k in range(8)])
+    assert [[float(value) for value in pair] for pair in results] == [[3.0 * k, 6.0 * k] for k in range(8)]
+
+
 def trace(queue: multiprocessing.Queue) -> None:
     queue.put([float(value) for value in side_by_side(torch.trace, [torch.eye(3)] * 4)])
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from os import register_at_fork
-from threading import Barrier
+from threading import Barrier, local
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
+_thread = local()  # `worker` is set in the threads of the pool
 ALIGNMENT = 64  # bytes: an AVX-512 register, and what torch's CPU allocator gives
 
 
@@ -28,6 +29,7 @@ def _pool(workers: int) -> ThreadPoolExecutor:
     started = Barrier(workers + 1)
 
     def start() -> None:
+        _thread.worker = True
         torch.set_num_threads(1)
         torch.get_num_threads()
         started.wait()
@@ -64,8 +66,7 @@ def side_by_side(
 ) -> list[Result]:
     """[function(a, b, ...) for each a, b, ... of the inputs]; on the CPU one worker per torch thread.
 
-    With `out`, each call also gets `out=` the tensor it may write to. The first exception that a call raises is raised
-    here, after all calls have ended.
+    With `out`, each call also gets `out=` the tensor it may write to. Exceptions are raised as by `concurrently`.
     """
     calls = list(zip(*inputs, strict=True))
     targets: list[dict[str, Tensor]] = [{}] * len(calls) if out is None else [{"out": target} for target in out]
@@ -75,8 +76,18 @@ def side_by_side(
     def run(call: Sequence[Tensor], target: dict[str, Tensor]) -> Result:
         return function(*map(_aligned, call), **target)
 
+    return concurrently([partial(run, call, target) for call, target in zip(calls, targets, strict=True)])
+
+
+def concurrently(calls: Sequence[Callable[[], Result]]) -> list[Result]:
+    """The results of the calls, which torch's threads share out, each call by one thread; in a call, one by one.
+
+    The first exception that a call raises is raised here, after all calls have ended.
+    """
+    if getattr(_thread, "worker", False):
+        return [call() for call in calls]
     pool = _pool(torch.get_num_threads())
-    futures = [pool.submit(run, call, target) for call, target in zip(calls, targets, strict=True)]
+    futures = [pool.submit(call) for call in calls]
     errors = [error for error in (future.exception() for future in futures) if error is not None]
     if errors:
         raise errors[0]

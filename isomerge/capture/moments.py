@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from isomerge import ops
+from isomerge.backends.side_by_side import concurrently
 from isomerge.errors import InputError
 
 TOKENS = 8192  # rows that are gathered and multiplied at a time
@@ -102,17 +103,14 @@ class Moments:
 
     def flush(self) -> None:
         """Multiplies all rows that are kept. On a CPU by as many threads as torch has, each on one sum."""
-        work = [found for found in self.sums() if found.rows]
+        # The longest first, so that the threads end together.
+        work = sorted((found for found in self.sums() if found.rows), key=self._cost, reverse=True)
         self._kept = 0
-        if len({found.rows[0].device.type for found in work} - {"cpu"}) > 0 or torch.get_num_threads() == 1:
+        if {found.rows[0].device.type for found in work} <= {"cpu"}:
+            concurrently([partial(self._multiply, found) for found in work])
+        else:
             for found in work:
                 self._multiply(found)
-        elif work:
-            # The first by itself: it starts the threads that ops keep, which two at once must not do.
-            self._multiply(work.pop(0))
-            with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="isomerge-capture") as threads:
-                for done in [threads.submit(self._multiply, found) for found in work]:
-                    done.result()
 
     def sums(self) -> list[Sum]:
         """All sums, in the order in which their layers ran first."""
@@ -145,15 +143,11 @@ class Moments:
         """Adds the waiting tensor to a sum."""
         read, found.waiting = found.waiting, None
         assert read is not None
-        name = min(found.members)
         found.calls += 1
         X, rows = read.copy, None
         if X is None:
             X, rows = read.tensor.detach().reshape(-1, read.tensor.shape[-1]), read.rows
         count = len(X) if rows is None else len(rows)
-        if found.moment is None:
-            d = X.shape[1] if found.space == "input" else self.rows_of(name)
-            found.moment = torch.zeros(d, d, dtype=self.dtype, device=X.device)
         for start in range(0, count, TOKENS):
             part = X[start : start + TOKENS] if rows is None else X.index_select(0, rows[start : start + TOKENS])
             if rows is None and read.copy is None and part.nbytes < _BYTES:
@@ -164,9 +158,20 @@ class Moments:
                 self.flush()
         found.tokens += count
 
+    def _size(self, found: Sum) -> int:
+        return found.rows[0].shape[1] if found.space == "input" else self.rows_of(min(found.members))
+
+    def _cost(self, found: Sum) -> int:
+        """Multiplications that the rows of a sum need, half a Gram product counted as a whole."""
+        d, n = self._size(found), found.rows[0].shape[1]
+        return sum(map(len, found.rows)) * d * (d if found.space == "input" else d + n)
+
     @torch.no_grad()
     def _multiply(self, found: Sum) -> None:
         """Adds the rows that are kept to the moment."""
+        if found.moment is None:
+            d = self._size(found)
+            found.moment = torch.zeros(d, d, dtype=self.dtype, device=found.rows[0].device)
         X = found.rows[0] if len(found.rows) == 1 else torch.cat(found.rows)
         found.rows.clear()
         name = min(found.members)
@@ -174,6 +179,11 @@ class Moments:
         try:
             ops.shift_cov(X, delta, out=found.moment)
         except ValueError:
+            if delta is not None and not bool(delta.isfinite().all()):
+                raise InputError(
+                    f"{name}: {int((~delta.isfinite()).sum())} values of the difference between the model and the base"
+                    " are not finite; check both"
+                ) from None
             if bool(X.isfinite().all()):
                 raise InputError(
                     f"{name}: the sum of squares of its input overflows float32; check the samples, or use float64"

@@ -112,7 +112,7 @@ def capture(
     with ExitStack() as stack:
         weights = _weights(_tensors(model) if checkpoint is None else checkpoint, "the model", stack)
         before = None if base is None else _weights(base, "base", stack)
-        run = _Run(model, weights, before, names, dtype)
+        run = _Run(model, weights, before, names, dtype, own_names=checkpoint is None)
         counted, seen = 0, 0
         with run.watching():
             for batch in batches:
@@ -162,7 +162,9 @@ class _Run:
         base: Checkpoint | None,
         names: Iterable[str] | None,
         dtype: torch.dtype,
+        own_names: bool,
     ) -> None:
+        """`own_names`: whether `weights` are the model's own state dict, so that names need not be looked for."""
         self.model, self.weights, self.base = model, weights, base
         found = find_sites(model)
         if not found.sites:
@@ -171,7 +173,10 @@ class _Run:
         family = recognise(_shapes(weights))
         if family.name == "generic":
             self.warnings.append("the model is of no known family: every torch.nn.Linear is captured")
-        mapped = _names_in(weights, {site.name: site.parameter for site in found.sites})
+        if own_names:
+            mapped = {site.name: site.name for site in found.sites}
+        else:
+            mapped = _names_in(weights, {site.name: site.parameter for site in found.sites})
         self.sites, unusable = matrix_sites(found.sites, mapped, family)
         if not self.sites:
             raise InputError(f"{weights.label}: no matrix of the model is in it; give the model's own weights")
@@ -309,9 +314,8 @@ class _Run:
         site = self.by_name[name]
         weight = site.parameter.detach()
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        delta = weight.to(dtype) - self.base.read(self.base_names[name]).to(weight.device, dtype)
-        if not bool(torch.isfinite(delta).all()):
-            raise InputError(f"{self.base.label}: {name}: the difference to the expert has non-finite values")
+        before = self.base.read(self.base_names[name]).to(weight.device, dtype)
+        delta = torch.sub(weight, before, out=before)
         return delta.mT if site.transposed else delta
 
     # Afterwards
@@ -322,11 +326,11 @@ class _Run:
         moments: dict[str, Tensor] = {}
         for found in self.moments.sums():
             names = sorted(self.names[name] for name in found.members if name not in self.dropped)
+            if names and found.tokens == 0:
+                self.dropped.update(dict.fromkeys(found.members, "the attention mask keeps none of its tokens"))
+                continue
             moment = found.moment
             if not names or moment is None:
-                continue
-            if found.tokens == 0:
-                self.dropped.update(dict.fromkeys(found.members, "the attention mask keeps none of its tokens"))
                 continue
             moments[names[0]] = moment.to("cpu")
             layer = Layer(found.tokens, found.space, len(moment), names[0])

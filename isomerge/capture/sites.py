@@ -120,6 +120,8 @@ def match_names(names: Shapes, tensors: Shapes) -> dict[str, str]:
     the longest common suffixes leave, and of those the pair under which most names are found. Nothing is matched where
     two pairs fit equally well, unless one of them is no prefix at all.
     """
+    if all(tensors.get(name) == shape for name, shape in names.items()):
+        return {name: name for name in names}  # no other pair can have more votes
     by_ending: dict[object, list[str]] = {}
     for name, shape in tensors.items():
         by_ending.setdefault((*name.split(".")[-2:], shape), []).append(name)

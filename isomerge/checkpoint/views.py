@@ -18,12 +18,16 @@ def flat_range(numel: int, start: int, count: int | None) -> int:
 def flat_pieces(view: Tensor, start: int, count: int) -> Iterator[Tensor]:
     """Sub-views whose elements one after another are `view.flatten()[start:start + count]`.
 
-    At most 2 * view.dim() + 1 of them: full rows as one block, broken rows at either end piece by piece.
+    One of a contiguous view, else at most 2 * view.dim() + 1: full rows as one block, broken rows at either end piece
+    by piece.
     """
     if count == 0:
         return
     if count == view.numel():
         yield view
+        return
+    if view.is_contiguous():
+        yield view.view(-1)[start : start + count]
         return
     end, row = start + count, view.numel() // view.shape[0]
     first, last = -(-start // row), end // row  # rows [first, last) lie wholly inside
