@@ -26,6 +26,7 @@ ablation: $(VENV)/.demo
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python benchmarks/merges.py
+	$(BIN)/python benchmarks/memory.py
 
 clean:
 	rm -rf $(VENV) .demo build *.egg-info

@@ -1,18 +1,13 @@
-"""Whole merges against the papers' computation: `python benchmarks/merges.py [methods] [esm] [models] [memory]`.
+"""Whole merges against the papers' computation: `python benchmarks/merges.py [methods] [esm] [models]`.
 
 methods  one ViT-B/32 block (synthetic deltas), T = 8 and 20: time and error of both, interleaved in this process
 esm      the same block, T = 8, from synthetic inputs of its layers: the moments are part of the time
 models   the real experts of the demo (run `make demo` first): the same on every matrix of the model
-memory   peak resident memory of `isomerge merge` on a base and eight experts on disk, and of holding all in memory
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +15,6 @@ import measure
 import papers
 import torch
 from deltas import VIT_B32, activations, synthetic
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from isomerge import methods, ops
@@ -141,73 +135,9 @@ def run_models(rounds: int, folder: Path) -> None:
     print(measure.save("models-cpu", title, [measure.table(COLUMNS, rows)], {"rows": data}))
 
 
-# ---------------------------------------------------------------------------------------------- memory
-
-EXPERTS = 8
-
-
-def write_vit_b32(folder: Path) -> None:
-    """A ViT-B/32 visual tower and eight experts of it, bfloat16, 175 MB each."""
-    shapes = {f"model.visual.blocks.{i}.{name}.weight": shape for i in range(12) for name, shape in VIT_B32.items()}
-    shapes["model.visual.conv1.weight"] = (768, 3, 32, 32)
-    generator = torch.Generator().manual_seed(0)
-    base = {name: torch.randn(shape, generator=generator).mul_(0.02) for name, shape in shapes.items()}
-    save_file({name: weight.bfloat16() for name, weight in base.items()}, folder / "base.safetensors")
-    for t in range(EXPERTS):
-        tuned = {name: (w + 1e-3 * torch.randn(w.shape, generator=generator)).bfloat16() for name, w in base.items()}
-        save_file(tuned, folder / f"expert{t}.safetensors")
-
-
-def peak_of(command: list[str]) -> int:
-    """Peak resident bytes of a command, by the operating system's account of it."""
-    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n"
-    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
-    return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
-
-
-def hold_all(folder: Path) -> None:
-    """What the papers' code holds while it merges: every model and every task vector, in float32."""
-    base = {name: weight.float() for name, weight in load_file(folder / "base.safetensors").items()}
-    vectors = []
-    for t in range(EXPERTS):
-        tuned = load_file(folder / f"expert{t}.safetensors")
-        vectors.append({name: tuned[name].float() - weight for name, weight in base.items()})
-    merged = {name: weight + sum(vector[name] for vector in vectors) for name, weight in base.items()}
-    print(len(merged), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-
-
-def run_memory() -> None:
-    rows, data = [], {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_vit_b32(folder)
-        size = (folder / "base.safetensors").stat().st_size
-        largest = EXPERTS * 3072 * 768 * 4
-        bound = size + 3 * largest + 500_000_000
-        for method in (name for name, row in methods.METHODS.items() if not row.moments):
-            models = "".join(f"  - model: expert{t}.safetensors\n" for t in range(EXPERTS))
-            recipe = folder / f"{method}.yaml"
-            recipe.write_text(f"merge_method: {method}\nbase_model: base.safetensors\nmodels:\n{models}")
-            command = [sys.executable, "-m", "isomerge.cli", "merge", "--quiet", str(recipe), str(folder / method)]
-            elapsed, peak = measure.seconds(lambda command=command: peak_of(command))
-            assert peak <= bound, (method, peak, bound)
-            rows.append([method, f"{peak / 1e6:.0f}", f"{bound / 1e6:.0f}", f"{elapsed:.1f}"])
-            data[method] = {"peak bytes": peak, "bound bytes": bound, "seconds": elapsed}
-            print(*rows[-1], flush=True)
-        code = f"import merges; from pathlib import Path; merges.hold_all(Path({str(folder)!r}))"
-        here = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
-        peak = peak_of([sys.executable, "-c", here + code])
-        rows.append(["all models in memory", f"{peak / 1e6:.0f}", "", ""])
-        data["all models in memory"] = {"peak bytes": peak}
-    title = "Peak memory of merging 8 bfloat16 experts of ViT-B/32 (175 MB each) from disk"
-    header = ("method", "peak MB", "bound MB: base + 3 x largest group + 500", "seconds, start-up included")
-    print(measure.save("memory-cpu", title, [measure.table(header, rows)], {"rows": data}))
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["methods", "esm", "models", "memory"], metavar="WHAT")
+    parser.add_argument("what", nargs="*", default=["methods", "esm", "models"], metavar="WHAT")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tasks", type=int, nargs="+", default=[8, 20], help="of `methods`")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1600, 8224], help="of `esm`: inputs per task")
@@ -219,8 +149,6 @@ if __name__ == "__main__":
             run_methods(arguments.rounds, arguments.tasks, arguments.names)
         elif what == "esm":
             run_esm(arguments.rounds, arguments.tokens)
-        elif what == "memory":
-            run_memory()
         elif arguments.models.exists():
             run_models(arguments.rounds, arguments.models)
         else:

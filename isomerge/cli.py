@@ -47,15 +47,30 @@ _debug = False  # set by --debug: tracebacks instead of one line
 _Recipe = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
 
 
-def _size(text: str) -> int:
+_Memory = Annotated[str | None, typer.Option(help="Most memory to use, such as 8GB.", show_default=False)]
+_Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda or cuda:N.")]
+_GpuMemory = Annotated[
+    str | None, typer.Option(help="Most memory of the GPU to use; by default 0.9 of what is free.", show_default=False)
+]
+
+
+def _size(text: str, option: str) -> int:
     """`5GB`, `500MB`, `2GiB` or a number of bytes -> bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
     if found is None:
-        raise InputError(f"--shard-size {text}: expected a size such as 5GB, 500MB or 2GiB")
+        raise InputError(f"{option} {text}: expected a size such as 5GB, 500MB or 2GiB")
     size = float(found[1]) * (1024 if found[3] else 1000) ** "_kmgt".index(found[2] or "_")
     if size < 1:
-        raise InputError(f"--shard-size {text}: expected at least one byte")
+        raise InputError(f"{option} {text}: expected at least one byte")
     return int(size)
+
+
+def _bounds(memory: str | None, gpu_memory: str | None) -> dict[str, int | None]:
+    """The bounds of `isomerge.merge`, in bytes."""
+    return {
+        "max_memory": None if memory is None else _size(memory, "--max-memory"),
+        "max_gpu_memory": None if gpu_memory is None else _size(gpu_memory, "--max-gpu-memory"),
+    }
 
 
 @app.command("merge")
@@ -64,6 +79,9 @@ def merge_command(
     out: Annotated[Path, typer.Argument(help="Folder to write the merged model to.", show_default=False)],
     force: Annotated[bool, typer.Option("--force", help="Replace the output of an earlier merge.")] = False,
     shard_size: Annotated[str, typer.Option(help="Largest size of one weights file.")] = "5GB",
+    max_memory: _Memory = None,
+    device: _Device = "cpu",
+    max_gpu_memory: _GpuMemory = None,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Leave NaN and Inf of experts out of the merge.")
     ] = False,
@@ -75,13 +93,15 @@ def merge_command(
     from isomerge.merge import merge
     from isomerge.output import gigabytes
 
-    shard_bytes = _size(shard_size)
+    shard_bytes, bounds = _size(shard_size, "--shard-size"), _bounds(max_memory, max_gpu_memory)
     with _progress(quiet) as progress:
         report = merge(
             recipe,
             out,
             overwrite=force,
             shard_bytes=shard_bytes,
+            device=device,
+            **bounds,
             allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
@@ -102,6 +122,9 @@ def merge_command(
 def plan_command(
     recipe: _Recipe,
     out: Annotated[Path | None, typer.Argument(help="Folder to check the space for.", show_default=False)] = None,
+    max_memory: _Memory = None,
+    device: _Device = "cpu",
+    max_gpu_memory: _GpuMemory = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="Print one line per tensor.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print a traceback when something fails.")] = False,
@@ -112,7 +135,7 @@ def plan_command(
     from isomerge.output import check_output
     from isomerge.report import plan_data
 
-    with open_job(recipe) as job:
+    with open_job(recipe, device=device, **_bounds(max_memory, max_gpu_memory)) as job:
         plan = job.plan
         if out is not None:
             inputs = [m.path for m in (plan.settings.base, *plan.settings.models) if m.path is not None]
@@ -434,9 +457,10 @@ def _print_plan(plan: Plan) -> None:
         counts = str(total.tensors), str(total.matrices) if total.matrices else "-"
         rows.add_row(name, *counts, shapes or "-", flops, gigabytes(total.bytes_read), gigabytes(total.bytes_written))
     _out.print(rows)
+    gpu = f", of the GPU {gigabytes(plan.gpu_bytes)}" if plan.on_gpu else ""
     _out.print(
         f"total: {len(plan.assignments)} tensors, {plan.matrices} matrices, {plan.flops:.2e} FLOPs, "
-        f"{gigabytes(plan.bytes_read)} read, peak memory about {gigabytes(plan.peak_bytes)}, "
+        f"{gigabytes(plan.bytes_read)} read, peak memory about {gigabytes(plan.peak_bytes)}{gpu}, "
         f"disk {gigabytes(plan.disk_bytes)}"
     )
     for warning in plan.warnings:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from isomerge.errors import InputError
+from isomerge.place import Place
 
 if TYPE_CHECKING:
     from isomerge.checkpoint import Checkpoint
@@ -62,6 +63,13 @@ class Stack:
     bytes_read: int = 0
     nonfinite: dict[tuple[int, str], int] = field(default_factory=dict)  # (expert, tensor) -> entries set to zero
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything in it, each tensor once."""
+        yield self.deltas
+        yield from self.base
+        if self.moments is not None:
+            yield self.moments
+
 
 class MomentSource(Protocol):
     """The second moments of one expert's layers."""
@@ -90,6 +98,7 @@ class DeltaReader:
     """Reads groups: delta_t = weight_t * (expert_t - base), the difference taken in the group's dtype, never below,
     and where the group asks for them the second moments: YᵀY for inputs, weight_t² YᵀY for shifts Y = X delta_tᵀ.
 
+    All of it is on the device of `place`, uploaded and computed as `Place.reading` says.
     InputError names the file, the tensor and the count when a value is not finite. With `allow_nonfinite` such an
     entry of an expert counts as a delta of zero; in the base it is an error always.
     """
@@ -102,18 +111,20 @@ class DeltaReader:
         *,
         moments: Sequence[MomentSource] = (),
         allow_nonfinite: bool = False,
+        place: Place | None = None,
     ) -> None:
+        self._place = place or Place()
         self._base, self._experts, self._weights, self._moments = base, experts, weights, moments
         self._allow_nonfinite = allow_nonfinite
 
     def read(self, group: Group) -> Stack:
         m, n, experts = group.m, group.n, len(self._experts)
-        deltas = _stack(len(group.units), experts, m, n, group.dtype)
+        deltas = _stack(len(group.units), experts, m, n, group.dtype, self._place.device)
         stack = Stack(deltas, [self.read_base(unit, group) for unit in group.units])
         stack.bytes_read += sum(self.base_bytes(unit) for unit in group.units)
         for t, (expert, weight) in enumerate(zip(self._experts, self._weights, strict=True)):
             for unit, base, target in zip(group.units, stack.base, deltas[:, t], strict=True):
-                raw = _matrix(_read(expert, unit.sources[t], unit), group)
+                raw = _matrix(self._read(expert, unit.sources[t], unit), group)
                 target.copy_(raw).sub_(base)
                 if not _all_finite(target) and (count := self._zero_nonfinite(target, raw, expert, unit.sources[t])):
                     stack.nonfinite[t, unit.name] = stack.nonfinite.get((t, unit.name), 0) + count
@@ -132,7 +143,7 @@ class DeltaReader:
     def read_base(self, unit: Unit, group: Group) -> Tensor:
         """The base's values of a unit, [m, n] in the group's dtype; InputError unless they are finite."""
         base = self._base
-        values = _matrix(_read(base, unit.name, unit), group).to(group.dtype).contiguous()
+        values = _matrix(self._read(base, unit.name, unit), group).to(group.dtype).contiguous()
         if not _all_finite(values):
             count = int((~torch.isfinite(values)).sum())
             if count:
@@ -144,11 +155,11 @@ class DeltaReader:
 
     def _read_moments(self, group: Group) -> Tensor:
         d = group.moment_size
-        moments = _stack(len(group.units), len(self._moments), d, d, group.dtype)
+        moments = _stack(len(group.units), len(self._moments), d, d, group.dtype, self._place.device)
         for t, (source, weight) in enumerate(zip(self._moments, self._weights, strict=True)):
             for unit, target in zip(group.units, moments[:, t], strict=True):
                 name = unit.sources[t]
-                target.copy_(source.moment(name))
+                target.copy_(self._place.up(source.moment(name)))
                 if d != group.n and weight != 1.0:  # of the shifts X deltaᵀ: they scale as the delta does
                     target.mul_(weight**2)
                 if not _all_finite(target) and not bool(torch.isfinite(target).all()):
@@ -177,6 +188,9 @@ class DeltaReader:
         target.masked_fill_(bad, 0.0)
         return count
 
+    def _read(self, checkpoint: Checkpoint, name: str, unit: Unit) -> Tensor:
+        return self._place.up(checkpoint.read(name) if unit.whole else checkpoint.read(name, unit.start, unit.count))
+
     @staticmethod
     def _nbytes(checkpoint: Checkpoint, name: str, unit: Unit) -> int:
         return unit.count * checkpoint.tensors[name].dtype.itemsize
@@ -187,16 +201,12 @@ def moment_bytes(size: int) -> int:
     return 4 * size * size
 
 
-def _stack(length: int, experts: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def _stack(length: int, experts: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for [L, T, rows, columns], each of the L units on its own cache lines."""
     step = _ALIGN // dtype.itemsize
     stride = -(-experts * rows * columns // step) * step
-    buffer = torch.empty(length * stride, dtype=dtype)
+    buffer = torch.empty(length * stride, dtype=dtype, device=device)
     return buffer.as_strided((length, experts, rows, columns), (stride, rows * columns, columns, 1))
-
-
-def _read(checkpoint: Checkpoint, name: str, unit: Unit) -> Tensor:
-    return checkpoint.read(name) if unit.whole else checkpoint.read(name, unit.start, unit.count)
 
 
 def _matrix(values: Tensor, group: Group) -> Tensor:

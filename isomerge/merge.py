@@ -17,6 +17,7 @@ from isomerge import output
 from isomerge.checkpoint import Checkpoint, MemoryWriter, TensorSpec, Writer, from_state_dict, open_checkpoint
 from isomerge.errors import InputError
 from isomerge.moments import Moments, check_fingerprints
+from isomerge.place import Place, open_place
 from isomerge.plan import Plan, build_plan, check_settings, needs_statistics
 from isomerge.report import Report, new_report
 from isomerge.run import Job, Progress, run
@@ -25,6 +26,7 @@ from isomerge.spool import Spool
 from isomerge.statistics import open_statistics
 
 SHARD_BYTES = 5_000_000_000
+GPU_SHARE = 0.9  # of what is free; the rest is for cuSOLVER's and cuBLAS's workspaces and for fragments
 
 
 def merge(
@@ -34,6 +36,9 @@ def merge(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     group_bytes: int | None = None,
+    max_memory: int | None = None,
+    device: str = "cpu",
+    max_gpu_memory: int | None = None,
     allow_nonfinite: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
@@ -41,11 +46,14 @@ def merge(
 
     `recipe` is a YAML file, or its content as a mapping (relative paths then start at the working directory).
     `group_bytes` bounds the deltas and moments that are read at a time, one unit at least; by default the plan chooses.
+    `max_memory` bounds the process's memory, in bytes. On a `device` such as "cuda" groups are computed there, within
+    `max_gpu_memory`, by default nine tenths of what is free. No result depends on the bounds.
     With `allow_nonfinite`, NaN and Inf entries of experts count as a delta of zero. InputError, with nothing written,
     for any mistake in the inputs; the folder appears whole at the end, or not at all.
     """
     out = Path(out)
-    with open_job(recipe, group_bytes=group_bytes) as job:
+    bounds = {"group_bytes": group_bytes, "max_memory": max_memory, "max_gpu_memory": max_gpu_memory}
+    with open_job(recipe, device=device, **bounds) as job:
         settings = job.plan.settings
         inputs = [model.path for model in (settings.base, *settings.models) if model.path is not None]
         inputs += [model.statistics_path for model in settings.models if model.statistics_path is not None]
@@ -156,21 +164,45 @@ def _statistics_given(statistics: Sequence[object] | None, experts: int, where: 
 
 
 @contextmanager
-def open_job(recipe: str | Path | Mapping[str, object], *, group_bytes: int | None = None) -> Iterator[Job]:
-    """The plan of a recipe with its checkpoints open. InputError for every mistake that headers can show, and for
-    statistics of other models, of which a few KB per layer are read.
+def open_job(
+    recipe: str | Path | Mapping[str, object],
+    *,
+    device: str = "cpu",
+    group_bytes: int | None = None,
+    max_memory: int | None = None,
+    max_gpu_memory: int | None = None,
+) -> Iterator[Job]:
+    """The plan of a recipe with its checkpoints open; bounds as in `merge`. InputError for every mistake that headers
+    can show, and for statistics of other models, of which a few KB per layer are read.
     """
     from isomerge.recipe import load_recipe, parse_recipe
 
     settings = parse_recipe(recipe, Path()) if isinstance(recipe, Mapping) else load_recipe(recipe)
     check_settings(settings)
+    place = open_place(device, "device")
     with ExitStack() as stack:
         base = stack.enter_context(_open(settings.base))
         experts = tuple(stack.enter_context(_open(model)) for model in settings.models)
         moments = _open_statistics(settings, stack, [None] * len(experts))
-        plan = build_plan(settings, base, experts, statistics=moments, group_bytes=group_bytes)
+        plan = build_plan(
+            settings,
+            base,
+            experts,
+            statistics=moments,
+            group_bytes=group_bytes,
+            max_memory=max_memory,
+            gpu_memory=_gpu_memory(place, max_gpu_memory),
+        )
         check_fingerprints(base, experts, moments)
-        yield Job(plan, base, experts, moments)
+        yield Job(plan, base, experts, moments, place)
+
+
+def _gpu_memory(place: Place, given: int | None) -> int | None:
+    """Bytes that a merge may take of a place of its own memory; None on the CPU."""
+    free = place.memory()
+    if free is None:
+        return None
+    return int(GPU_SHARE * free) if given is None else min(given, free)
 
 
 def _open_statistics(

@@ -18,7 +18,17 @@ from isomerge.deltas import Group, Unit, cut, moment_bytes, pieces
 from isomerge.errors import InputError
 from isomerge.families import Family, Kind
 from isomerge.methods import METHODS, check_parameters
-from isomerge.schedule import LAYER_EXPONENT, PROCESS_BYTES, Bound, Call, Step, costs, layer_type, physical_bytes
+from isomerge.schedule import (
+    LAYER_EXPONENT,
+    PROCESS_BYTES,
+    Bound,
+    Call,
+    Step,
+    layer_type,
+    physical_bytes,
+    staging,
+    step_bytes,
+)
 from isomerge.settings import Settings
 
 if TYPE_CHECKING:
@@ -80,6 +90,7 @@ class Plan:
     steps: tuple[Step, ...]
     bytes_read: int
     warnings: tuple[str, ...]
+    on_gpu: bool = False  # whether groups are read to a GPU and computed there
     _bytes_read: Mapping[str, int] = field(default_factory=dict, repr=False)  # of each tensor, from all models
 
     @cached_property
@@ -135,11 +146,15 @@ class Plan:
     @cached_property
     def peak_bytes(self) -> int:
         """Estimated peak of resident memory: two groups in flight, the method's workspace, a tensor being read."""
-        return PROCESS_BYTES + max((self._step_bytes(step) for step in self.steps), default=0)
+        groups = staging if self.on_gpu else step_bytes
+        return PROCESS_BYTES + max((groups(step, len(self.settings.models)) for step in self.steps), default=0)
 
-    def _step_bytes(self, step: Step) -> int:
-        fixed, per_unit = costs(step, len(self.settings.models))
-        return fixed + per_unit * len(step.group.units)
+    @cached_property
+    def gpu_bytes(self) -> int:
+        """Estimated peak of a GPU's memory: what would else be in the process's, 0 without one."""
+        if not self.on_gpu:
+            return 0
+        return max((step_bytes(step, len(self.settings.models)) for step in self.steps), default=0)
 
 
 def build_plan(
@@ -149,12 +164,15 @@ def build_plan(
     *,
     statistics: Sequence[Moments] = (),
     group_bytes: int | None = None,
+    max_memory: int | None = None,
+    gpu_memory: int | None = None,
 ) -> Plan:
     """The plan of a merge from the headers of its checkpoints and, where a method needs them, of their statistics.
 
     `group_bytes` bounds the deltas and moments of one group, one unit at least; no result depends on it. Without it, a
-    group has a unit for every thread as far as the merge stays below the size of the base + 3 times the deltas and
-    moments of the largest tensor + 500 MB, and below half of the machine's memory.
+    group has a unit for every thread as far as the merge stays below `max_memory`: by default the size of the base + 3
+    times the deltas and moments of the largest tensor + 500 MB, and half of the machine's memory at most. With
+    `gpu_memory`, groups are on a GPU, and as large as it allows. InputError for a bound given that one unit passes.
     """
     calls = _Calls(settings)
     family = families.recognise({name: info.shape for name, info in base.tensors.items()})
@@ -172,13 +190,18 @@ def build_plan(
         ((a.numel + a.moment_size**2) * dtypes[a.name].itemsize for a in assignments if a.call is not None), default=0
     )
     size = sum(info.nbytes for info in base.tensors.values())
-    bound = Bound(group_bytes, min(size + 3 * len(experts) * largest + 500_000_000, physical_bytes() // 2))
+    peak = min(size + 3 * len(experts) * largest + 500_000_000, physical_bytes() // 2)
+    bound = Bound(group_bytes, peak if max_memory is None else max_memory, gpu_memory)
+    steps = tuple(_steps(assignments, sources.names, dtypes, bound))
+    if max_memory is not None or gpu_memory is not None:
+        bound.check(steps, len(experts))
     read = {a.name: _read_bytes(a, base, experts, sources.names.get(a.name, ())) for a in assignments}
     return Plan(
         settings=settings,
         family=family,
         assignments=tuple(assignments),
-        steps=tuple(_steps(assignments, sources.names, dtypes, bound)),
+        steps=steps,
+        on_gpu=gpu_memory is not None,
         bytes_read=sum(read.values()),
         warnings=(*_warnings(settings, assignments), *sources.warnings, *said),
         _bytes_read=read,

@@ -188,6 +188,7 @@ def plan_data(plan: Plan, tensors: bool) -> dict[str, object]:
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "peak_bytes": plan.peak_bytes,
+        "gpu_bytes": plan.gpu_bytes,
         "spool_bytes": plan.spool_bytes,
         "disk_bytes": plan.disk_bytes,
         "warnings": list(plan.warnings),

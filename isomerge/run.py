@@ -1,8 +1,8 @@
-"""The loop over a plan: for each group read -> method -> write.
+"""The loop over a plan: for each group read -> method -> write, reading and writing in threads of their own.
 
-The same inputs and settings on one machine give the same bytes, whatever the groups, the shards and the reading
-thread do: methods compute each matrix of a stack as if it were alone, pieces have a size of their own, and random
-numbers are seeded by the tensor's name.
+The same inputs and settings on one machine give the same bytes, whatever the groups, the shards and the threads do:
+methods compute each matrix of a stack as if it were alone, pieces have a size of their own, and random numbers are
+seeded by the tensor's name.
 
 Where an update is scaled by its norm among all layers of its type, the updates of the type wait in a file until the
 last of them is computed; then each is read back, scaled, added to the base and written.
@@ -13,10 +13,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -27,10 +26,14 @@ from isomerge.deltas import PIECE_ELEMENTS, DeltaReader, Group, Stack, Unit
 from isomerge.errors import InputError
 from isomerge.methods import METHODS
 from isomerge.moments import Moments
+from isomerge.overlap import Behind, ahead
+from isomerge.place import Place
 from isomerge.plan import Assignment, Plan
 from isomerge.report import Report, peak_rss
 from isomerge.schedule import Step
 from isomerge.spool import Spool
+
+WRITES = 1  # tensors that wait for the writing thread, or are being written, while the next is computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +49,15 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Open checkpoints, the statistics of the experts where a method needs them, and the plan of their merge."""
+    """Open checkpoints, the statistics of the experts where a method needs them, the plan of their merge, and where it
+    is computed.
+    """
 
     plan: Plan
     base: Checkpoint
     experts: tuple[Checkpoint, ...]
     statistics: tuple[Moments, ...] = ()
+    place: Place = field(default_factory=Place)
 
 
 class _Sink(Protocol):
@@ -69,44 +75,36 @@ def run(
     """Writes every tensor of the plan to the sink and completes the report."""
     started = time.perf_counter()
     weights = [model.weight for model in job.plan.settings.models]
-    reader = DeltaReader(job.base, job.experts, weights, moments=job.statistics, allow_nonfinite=allow_nonfinite)
-    state = _Run(job, reader, sink, spool, report, progress)
-    for assignment in job.plan.assignments:
-        if assignment.call is None:
-            state.copy(assignment)
+    place = job.place
+    reader = DeltaReader(
+        job.base, job.experts, weights, moments=job.statistics, allow_nonfinite=allow_nonfinite, place=place
+    )
 
-    def read(group: Group) -> tuple[Stack, float]:
+    def read(group: Group) -> tuple[Stack, Callable[[Iterable[Tensor]], None], float]:
         before = time.perf_counter()
-        return reader.read(group), time.perf_counter() - before
+        with place.reading():
+            stack = reader.read(group)
+            return stack, place.mark(), time.perf_counter() - before
 
-    steps = job.plan.steps
-    with closing(_ahead(read, [step.group for step in steps])) as stacks:
-        for step, following in zip(steps, (*steps[1:], None), strict=True):
-            stack, seconds = next(stacks)
-            report.totals.read_seconds += seconds
-            state.step(step, stack)
-            del stack  # before the next is taken: two stacks in memory, never three
-            if step.layer_type is not None and (following is None or following.layer_type != step.layer_type):
-                state.release()
+    with Behind(WRITES) as writes:
+        state = _Run(job, reader, sink, spool, report, progress, writes)
+        for assignment in job.plan.assignments:
+            if assignment.call is None:
+                state.copy(assignment)
+        steps = job.plan.steps
+        with closing(ahead(read, [step.group for step in steps])) as stacks:
+            for step, following in zip(steps, (*steps[1:], None), strict=True):
+                stack, take, seconds = next(stacks)
+                take(stack.tensors())
+                report.totals.read_seconds += seconds
+                state.step(step, stack)
+                del stack  # before the next is taken: two stacks in memory, never three
+                if step.layer_type is not None and (following is None or following.layer_type != step.layer_type):
+                    state.release()
+        writes.close()
     state.finish()
     report.totals.seconds = time.perf_counter() - started
     report.totals.peak_bytes = peak_rss()
-
-
-def _ahead(
-    read: Callable[[Group], tuple[Stack, float]], groups: Sequence[Group]
-) -> Generator[tuple[Stack, float], None, None]:
-    """What `read` gives for each group in order; the next is read in a thread while the caller works on one."""
-    if not groups:
-        return
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="isomerge-read") as pool:
-        coming = pool.submit(read, groups[0])
-        for group in groups[1:]:
-            stack = coming.result()
-            coming = pool.submit(read, group)
-            yield stack
-            del stack
-        yield coming.result()
 
 
 class _Run:
@@ -120,9 +118,11 @@ class _Run:
         spool: Spool,
         report: Report,
         progress: Callable[[Progress], None] | None,
+        writes: Behind,
     ) -> None:
         self._job, self._reader, self._sink, self._spool = job, reader, sink, spool
-        self._report, self._progress = report, progress
+        self._report, self._progress, self._writes = report, progress, writes
+        self._write_seconds = 0.0  # of the writing thread
         self._assignments = {a.name: a for a in job.plan.assignments}
         self._records = {record.name: record for record in report.tensors}
         self._squares: dict[str, list[float]] = {}  # tensor -> sums over its units of ||sum of deltas||², ||update||²
@@ -160,7 +160,11 @@ class _Run:
             step, unit = waiting.step, waiting.unit
             self._records[unit.name].layer_factor = factor
             before = time.perf_counter()
-            update, base = self._spool.read(waiting), self._reader.read_base(unit, step.group)
+            with self._job.place.reading():
+                update = self._job.place.up(self._spool.read(waiting))
+                base = self._reader.read_base(unit, step.group)
+                take = self._job.place.mark()
+            take((update, base))
             self._report.totals.read_seconds += time.perf_counter() - before
             self._report.totals.bytes_read += self._reader.base_bytes(unit)
             self._add(step, unit, update, base, factor)
@@ -169,7 +173,8 @@ class _Run:
         self._spool.clear()
 
     def finish(self) -> None:
-        """Norms of whole tensors, and the warnings that only the data could give."""
+        """Norms of whole tensors, and the warnings that only the data could give; after the last write."""
+        self._report.totals.write_seconds += self._write_seconds
         for name, (deltas, update) in self._squares.items():
             self._records[name].delta_sum_norm, self._records[name].update_norm = deltas**0.5, update**0.5
         totals: dict[str, int] = {}
@@ -204,7 +209,7 @@ class _Run:
         if not math.isfinite(norm):
             raise ArithmeticError(f"{unit.label}: {step.call.method} gave non-finite values")
         before = time.perf_counter()
-        self._spool.put(step, unit, update, norm)
+        self._spool.put(step, unit, self._job.place.down(update)(), norm)
         self._report.totals.write_seconds += time.perf_counter() - before
 
     def _add(self, step: Step, unit: Unit, update: Tensor, base: Tensor, factor: float = 1.0) -> None:
@@ -227,6 +232,7 @@ class _Run:
         self._report.totals.compute_seconds += seconds
 
     def _write(self, assignment: Assignment, values: Tensor, start: int) -> None:
+        """Hands values on the device to the writing thread, in the dtype of the output."""
         before = time.perf_counter()
         cast = values.to(assignment.out_dtype).contiguous()
         if cast.dtype is torch.float16 and values.dtype is not torch.float16:
@@ -236,10 +242,19 @@ class _Run:
                     f"{self._job.plan.settings.source}: out_dtype: {overflow} values of {assignment.name} overflow "
                     "float16; use bfloat16 or float32"
                 )
-        for name in (assignment.name, *assignment.aliases):
-            self._sink.write(name, cast, start)
-            self._report.totals.bytes_written += cast.nbytes
-        self._report.totals.write_seconds += time.perf_counter() - before
+        arrive = self._job.place.down(cast)
+        names = (assignment.name, *assignment.aliases)
+        self._report.totals.bytes_written += len(names) * cast.nbytes
+        self._report.totals.compute_seconds += time.perf_counter() - before
+
+        def write() -> None:
+            before = time.perf_counter()
+            arrived = arrive()
+            for name in names:
+                self._sink.write(name, arrived, start)
+            self._write_seconds += time.perf_counter() - before
+
+        self._writes.put(write)
 
     def _tell(self, name: str) -> None:
         if self._progress is not None:

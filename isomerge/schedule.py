@@ -4,20 +4,26 @@ model are of one type.
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from isomerge.deltas import GROUP_BYTES, Group
+from isomerge.errors import InputError
 from isomerge.methods import METHODS
 
 LAYER_EXPONENT = "layer_exponent"  # the parameter of a call that the driver applies, over all layers of a type
 _BLOCKS = re.compile(r"(res)?blocks?")
 _INDEX = re.compile(r"((?:\w*(?:layer|block)_)?)\d+")  # `3`, and torchvision's `encoder_layer_3`
 PROCESS_BYTES = 360 * 2**20  # Python with torch loaded and what malloc keeps back (measured: 250 to 350 MiB)
+
+GPU_GROUP_BYTES = 2 * 2**30
+"""Of the deltas that a GPU computes together: at T = 8 the 113 matrices of 768 x 768 of this size are one batch, where
+a single one has 21 tiles for 132 multiprocessors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +78,8 @@ def costs(step: Step, experts: int) -> tuple[int, int]:
     # Deltas, moments and base, of this group and of the next that is being read.
     held = 2 * (experts + 1) * elements + 2 * experts * moment
     updates = 2 * elements + method.peak_floats(group.m, group.n, experts)
-    single = 2 * max(elements, moment)  # a raw tensor from a file, the sum of deltas that is measured
+    # A raw tensor from a file, the sum of deltas that is measured, the tensor that is being written.
+    single = 2 * max(elements, moment) + elements
     if method.seeded:  # called on one unit after the other
         return int((single + updates) * group.dtype.itemsize), held * group.dtype.itemsize
     return single * group.dtype.itemsize, int((held + updates) * group.dtype.itemsize)
@@ -80,10 +87,14 @@ def costs(step: Step, experts: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """How large groups may be: by what the caller said, else by the memory of the whole merge."""
+    """How large groups may be: by what the caller said, else by the memory of the whole merge.
+
+    `gpu_bytes` is the memory of the GPU that holds and computes the groups, None where the process itself does.
+    """
 
     group_bytes: int | None
     peak_bytes: int
+    gpu_bytes: int | None = None
 
     def length(self, step: Step, experts: int) -> int:
         """The largest number of units in a group of the step."""
@@ -92,10 +103,36 @@ class Bound:
         if self.group_bytes is not None:
             return max(1, self.group_bytes // unit_bytes)
         fixed, per_unit = costs(step, experts)
-        fitting = (self.peak_bytes - PROCESS_BYTES - fixed) // per_unit
-        # Matrices are computed one per thread; for the rest 64 MiB to read keep the overhead of a call small.
-        wanted = max(GROUP_BYTES // unit_bytes, torch.get_num_threads() if step.kind == "matrix" else 1)
+        if self.gpu_bytes is None:
+            fitting = (self.peak_bytes - PROCESS_BYTES - fixed) // per_unit
+            # Matrices are computed one per thread; for the rest 64 MiB to read keep the overhead of a call small.
+            wanted = max(GROUP_BYTES // unit_bytes, torch.get_num_threads() if step.kind == "matrix" else 1)
+        else:
+            fitting, wanted = (self.gpu_bytes - fixed) // per_unit, GPU_GROUP_BYTES // unit_bytes
         return max(1, min(wanted, fitting))
+
+    def check(self, steps: Iterable[Step], experts: int) -> None:
+        """InputError if a single unit of some step takes more than there is, with the least that all of them need."""
+        process = 0 if self.gpu_bytes is not None else PROCESS_BYTES
+        given, name = (self.peak_bytes, "memory") if self.gpu_bytes is None else (self.gpu_bytes, "GPU memory")
+        least, step = max(((process + sum(costs(s, experts)), s) for s in steps), key=lambda p: p[0], default=(0, None))
+        if step is not None and least > given:
+            raise InputError(
+                f"{given / 1e6:.1f} MB of {name} is too little: {step.group.units[0].label} by {step.call.method} takes"
+                f" {math.ceil(least / 1e5) / 10:.1f} MB, give at least that"
+            )
+
+
+def step_bytes(step: Step, experts: int) -> int:
+    """Bytes of working memory of a step, wherever it is computed."""
+    fixed, per_unit = costs(step, experts)
+    return fixed + per_unit * len(step.group.units)
+
+
+def staging(step: Step, experts: int) -> int:
+    """Bytes in the process of a step that is computed on a GPU: a tensor from a file, a result, both pinned as well."""
+    elements = max(step.group.m * step.group.n, step.group.moment_size**2)
+    return 4 * elements * step.group.dtype.itemsize
 
 
 def physical_bytes() -> int:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "isomerge"
 
 LEVELS = (  # from the bottom; a module may import from lower levels, and from its own package
     {"errors"},
-    {"backends", "settings", "checkpoint"},
+    {"backends", "settings", "checkpoint", "overlap", "place"},
     {"ops"},
     {"methods", "deltas", "families", "recipe", "statistics"},
     {"headers", "schedule", "moments"},
