@@ -21,7 +21,7 @@ from isomerge.place import Place, open_place
 from isomerge.plan import Plan, build_plan, check_settings, needs_statistics
 from isomerge.report import Report, new_report
 from isomerge.run import Job, Progress, run
-from isomerge.settings import SCOPES, Model, Rule, Settings, finite_number, rule_from, split_alpha
+from isomerge.settings import OUTPUT_DTYPES, SCOPES, Model, Rule, Settings, finite_number, rule_from, split_alpha
 from isomerge.spool import Spool
 from isomerge.statistics import open_statistics
 
@@ -98,8 +98,8 @@ def merge_state_dicts(
         raise InputError(f"{where}: experts: none are given; give at least one state dict")
     if scope not in SCOPES:
         raise InputError(f"{where}: scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
-    if out_dtype is not None and not out_dtype.is_floating_point:
-        raise InputError(f"{where}: out_dtype: expected a floating-point dtype, got {out_dtype}")
+    if out_dtype is not None and out_dtype not in OUTPUT_DTYPES.values():
+        raise InputError(f"{where}: out_dtype: expected one of {', '.join(OUTPUT_DTYPES)}, got {out_dtype}")
     given = [1.0] * len(experts) if weights is None else list(weights)
     if len(given) != len(experts):
         raise InputError(f"{where}: weights: {len(given)} for {len(experts)} experts; give one per expert")

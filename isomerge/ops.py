@@ -27,8 +27,11 @@ __all__ = [
     "RANK_RTOL",
     "SVD",
     "BackendUnavailable",
+    "DeltaSum",
     "Polar",
     "PolarProduct",
+    "delta_sum",
+    "finalize",
     "matmul",
     "polar",
     "polar_product",
@@ -74,6 +77,14 @@ class Projection(NamedTuple):
 
     rows: Tensor
     column_squares: Tensor
+
+
+class DeltaSum(NamedTuple):
+    """`sum` Σ_t Δ_t [..., m, n]; `norms` ||Δ_t||_F [..., T] and `norm` ||Σ_t Δ_t||_F [...], both float64."""
+
+    sum: Tensor
+    norms: Tensor
+    norm: Tensor
 
 
 class SVD(NamedTuple):
@@ -253,9 +264,9 @@ def shift_cov(
     """YᵀY, the uncentred second moment of Y = X [..., N, n] or of the feature shift Y = X Δᵀ, Δ = `delta` [..., m, n].
 
     Result [..., d, d] with d = n or m, symmetric to the last bit. `out` is added to and returned, so any split of the
-    tokens gives the same moment to rounding; it may be float64 for long sums. Tokens are taken 512 at a time, so the
-    rounding of a sum does not grow with their number (1e6 tokens: below 1e-6), and the shifts of no more than that
-    many are ever stored.
+    tokens gives the same moment to rounding; it may be float64 for long sums. Sums run over 512 tokens at a time, so
+    the rounding of a sum does not grow with their number (1e6 tokens: below 1e-6); of the shifts those of at most 8192
+    tokens are ever stored.
     `precision` "default" multiplies in float32 (float64 for float64 X), "exact" in float64; the result is that of
     `out`, or the dtype of the products. Cost: N d² and, with a delta, 2 N m n.
     Raises ValueError as `polar`, and for shapes or an `out` that do not match; what is non-finite is found in the
@@ -306,6 +317,59 @@ def project_scale(Q: Tensor, W: Tensor, row_scale: Tensor, *, backend: str = "au
         return Projection(rows, Q.new_zeros(*Q.shape[:-3], n, dtype=torch.float64))
     rows, squares = resolve("project_scale", backend, Q)(Q.to(dtype), W.to(dtype), row_scale=row_scale.to(dtype))
     return Projection(rows.to(dtype), squares)
+
+
+def delta_sum(tuned: Tensor, base: Tensor, *, backend: str = "auto") -> DeltaSum:
+    """Σ_t Δ_t, ||Δ_t||_F and ||Σ_t Δ_t||_F of the deltas Δ_t = tuned_t - base, each input read once.
+
+    tuned: [..., T, m, n], base: [..., m, n], any floating dtypes. Each delta is rounded once, to float32 (float64 where
+    an input is float64), and added in that dtype in the order t = 0, 1, ..; squares are taken and added in float64. No
+    delta is stored. A NaN or an infinity in tuned_t, in the base or by overflow makes norms[t] non-finite, and nothing
+    else does below 1e154: one look at the norms is the check of all inputs.
+    Cost: memory traffic alone, T + 1 reads and one write of m n. Raises ValueError for shapes or devices that do not
+    match and for non-floating inputs.
+    """
+    _check("delta_sum", tuned, "default")
+    _check("delta_sum", base, "default")
+    if tuned.dim() < 3 or base.shape != (*tuned.shape[:-3], *tuned.shape[-2:]) or base.device != tuned.device:
+        raise ValueError(
+            f"delta_sum: expected tuned [..., T, m, n] and base [..., m, n] on one device, got {tuple(tuned.shape)} on "
+            f"{tuned.device} and {tuple(base.shape)} on {base.device}"
+        )
+    dtype = torch.promote_types(torch.promote_types(tuned.dtype, base.dtype), torch.float32)
+    if tuned.numel() == 0:
+        norms = base.new_zeros(tuned.shape[:-2], dtype=torch.float64)
+        return DeltaSum(base.new_zeros(base.shape, dtype=dtype), norms, norms.new_zeros(base.shape[:-2]))
+    total, norms, norm = resolve("delta_sum", backend, tuned)(tuned, base)
+    return DeltaSum(total.to(dtype), norms, norm)
+
+
+def finalize(
+    base: Tensor, update: Tensor, scale: Tensor | float, *, out_dtype: torch.dtype, backend: str = "auto"
+) -> Tensor:
+    """base + scale * update [..., m, n] in `out_dtype`: the merged weight, in one pass.
+
+    The product is rounded, then the sum, both in float32 (float64 where base or update is float64), then the result to
+    `out_dtype`; every backend but the reference gives the same bits.
+    base, update: [..., m, n], any floating dtypes; scale: a number, or one per matrix [...].
+    Cost: memory traffic alone. Raises ValueError for shapes or devices that do not match and for non-floating dtypes.
+    """
+    _check("finalize", base, "default")
+    _check("finalize", update, "default")
+    batch = base.shape[:-2]
+    factors = scale if isinstance(scale, Tensor) else torch.full(batch, scale, dtype=torch.float64, device=base.device)
+    if update.shape != base.shape or factors.shape != batch or not base.device == update.device == factors.device:
+        raise ValueError(
+            "finalize: expected base and update [..., m, n] and scale [...] on one device, got "
+            f"{tuple(base.shape)} on {base.device}, {tuple(update.shape)} on {update.device} and "
+            f"{tuple(factors.shape)} on {factors.device}"
+        )
+    if out_dtype not in DTYPES:
+        raise ValueError(f"finalize: out_dtype must be float16, bfloat16, float32 or float64, got {out_dtype}")
+    if base.numel() == 0:
+        return base.new_empty(base.shape, dtype=out_dtype)
+    merged: Tensor = resolve("finalize", backend, base)(base, update, scale=factors, out_dtype=out_dtype)
+    return merged
 
 
 def matmul(A: Tensor, B: Tensor, *, backend: str = "auto") -> Tensor:

@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from isomerge import ops
 from isomerge.checkpoint import Checkpoint
 from isomerge.deltas import PIECE_ELEMENTS, DeltaReader, Group, Stack, Unit
 from isomerge.errors import InputError
@@ -133,7 +134,9 @@ class _Run:
         for start in range(0, assignment.numel, PIECE_ELEMENTS):
             values = self._job.base.read(assignment.name, start, min(PIECE_ELEMENTS, assignment.numel - start))
             self._report.totals.bytes_read += values.nbytes
-            self._write(assignment, values, start)
+            cast = values.to(assignment.out_dtype)
+            self._check_range(assignment, torch.isinf(cast) & torch.isfinite(values))
+            self._write(assignment, cast, start)
         self._tell(assignment.name)
 
     def step(self, step: Step, stack: Stack) -> None:
@@ -213,39 +216,36 @@ class _Run:
         self._report.totals.write_seconds += time.perf_counter() - before
 
     def _add(self, step: Step, unit: Unit, update: Tensor, base: Tensor, factor: float = 1.0) -> None:
-        """Writes base + alpha * factor * update, computed in the arithmetic dtype; the product is rounded before it is
-        added.
-        """
-        alpha = step.call.alpha
+        """Writes base + alpha * factor * update, rounded once from the arithmetic dtype to that of the output."""
+        assignment, scale = self._assignments[unit.name], step.call.alpha * factor
         before = time.perf_counter()
-        merged = update * (alpha * factor)
-        norm = _norm(merged)
-        if not math.isfinite(norm):
-            raise ArithmeticError(f"{unit.label}: {step.call.method} with alpha {alpha:g} gave non-finite values")
+        norm = abs(scale) * _norm(update)
+        if not norm <= torch.finfo(update.dtype).max and not bool(torch.isfinite(update * scale).all()):
+            raise ArithmeticError(
+                f"{unit.label}: {step.call.method} with alpha {step.call.alpha:g} gave non-finite values"
+            )
         self._squares[unit.name][1] += norm**2
-        merged.add_(base)
+        merged = ops.finalize(base, update, scale, out_dtype=assignment.out_dtype)
+        self._check_range(assignment, torch.isinf(merged))
         self._spend(unit, time.perf_counter() - before)
-        self._write(self._assignments[unit.name], merged.mT if step.group.transposed else merged, unit.start)
+        self._write(assignment, merged.mT if step.group.transposed else merged, unit.start)
+
+    def _check_range(self, assignment: Assignment, infinite: Tensor) -> None:
+        if assignment.out_dtype is torch.float16 and bool(infinite.any()):
+            raise InputError(
+                f"{self._job.plan.settings.source}: out_dtype: {int(infinite.sum())} values of {assignment.name} "
+                "overflow float16; use bfloat16 or float32"
+            )
 
     def _spend(self, unit: Unit, seconds: float) -> None:
         self._records[unit.name].seconds += seconds
         self._report.totals.compute_seconds += seconds
 
     def _write(self, assignment: Assignment, values: Tensor, start: int) -> None:
-        """Hands values on the device to the writing thread, in the dtype of the output."""
-        before = time.perf_counter()
-        cast = values.to(assignment.out_dtype).contiguous()
-        if cast.dtype is torch.float16 and values.dtype is not torch.float16:
-            overflow = int((torch.isinf(cast) & torch.isfinite(values)).sum())
-            if overflow:
-                raise InputError(
-                    f"{self._job.plan.settings.source}: out_dtype: {overflow} values of {assignment.name} overflow "
-                    "float16; use bfloat16 or float32"
-                )
-        arrive = self._job.place.down(cast)
+        """Hands values on the device, in the dtype of the output, to the writing thread."""
+        arrive = self._job.place.down(values.contiguous())
         names = (assignment.name, *assignment.aliases)
-        self._report.totals.bytes_written += len(names) * cast.nbytes
-        self._report.totals.compute_seconds += time.perf_counter() - before
+        self._report.totals.bytes_written += len(names) * values.nbytes
 
         def write() -> None:
             before = time.perf_counter()

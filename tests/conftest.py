@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton_aot  # noqa: F401  decides, before anything imports triton, whether its kernels are interpreted
 from command_line import Run
 
 from isomerge import cli

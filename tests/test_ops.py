@@ -35,7 +35,9 @@ def test_polar_against_float64(shape: tuple[int, int], name: str, backend: str, 
     result = ops.polar(A, backend=backend, precision=precision)
     allowed = max(2 * svd32_error(A, expected.factor), BOUND[precision]) if precision == "default" else BOUND[precision]
     assert relative(result.factor, expected.factor) <= allowed
-    torch.testing.assert_close(result.nuclear_norm, expected.nuclear_norm, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        result.nuclear_norm, expected.nuclear_norm, rtol=max(1e-5, BOUND[precision] ** 2), atol=0
+    )
     assert torch.equal(result.rank, expected.rank)
 
 

@@ -171,7 +171,7 @@ def test_values_that_overflow_are_told_apart() -> None:
         ({"method": "iso_c", "weights": [1, 2]}, "weights: 2 for 1 experts"),
         ({"method": "iso_c", "weights": [float("inf")]}, r"weights\[0\]: expected a finite number"),
         ({"method": "iso_c", "scope": "all"}, "scope: expected one of default, paper"),
-        ({"method": "iso_c", "out_dtype": torch.int8}, "out_dtype: expected a floating-point dtype"),
+        ({"method": "iso_c", "out_dtype": torch.int8}, "out_dtype: expected one of bfloat16, float16"),
         ({"method": "iso_c", "rules": [{"filtre": "*"}]}, r"rules\[0\]: unknown key `filtre`"),
         (
             {"method": "iso_c", "rules": [{"filter": "*", "merge_method": "x"}]},

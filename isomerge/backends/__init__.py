@@ -14,7 +14,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-OPS = ("polar", "polar_product", "rsvd", "subspace", "principal", "shift_cov", "project_scale", "matmul")
+OPS = (
+    "polar",
+    "polar_product",
+    "rsvd",
+    "subspace",
+    "principal",
+    "shift_cov",
+    "project_scale",
+    "delta_sum",
+    "finalize",
+    "matmul",
+)
 """Every op of `isomerge.ops` that is dispatched."""
 
 

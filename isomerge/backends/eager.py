@@ -32,10 +32,14 @@ from isomerge.backends.eigen import (
     unresolved,
 )
 from isomerge.backends.iterations import block_krylov, eigh
+from isomerge.backends.polar_iteration import polar_by_eigenvectors
 from isomerge.backends.side_by_side import matrices, side_by_side
 
 TOKENS = 512
 """Tokens per Gram product: float32 sums of 2048 bfloat16 squares are off by 3e-6, of 512 by less than 1e-6."""
+
+PIECE = 2**17
+"""Elements of a matrix whose deltas are taken at a time on a CPU, so that they stay in its cache."""
 
 KRYLOV_MIN_SIDE, KRYLOV_MAX_SHARE = 1536, 1 / 48
 """Block Krylov answers when r >= the first and k/r <= the second; below, one dense eigensolve is faster."""
@@ -144,6 +148,40 @@ def project_scale(Q: Tensor, W: Tensor, *, row_scale: Tensor) -> tuple[Tensor, T
     return C, torch.stack(squares).reshape(*batch, T, n).sum(-2)
 
 
+def delta_sum(tuned: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of `PIECE` elements at a time, all their tasks in turn, while the base and the sum are in the cache."""
+    batch, (T, m, n) = base.shape[:-2], tuned.shape[-3:]
+    dtype = torch.promote_types(torch.promote_types(tuned.dtype, base.dtype), torch.float32)
+    rows = max(1, PIECE // n) if base.device.type == "cpu" else m
+
+    def one(tuned: Tensor, base: Tensor, out: Tensor) -> Tensor:
+        base = base.to(dtype)
+        delta = torch.sub(tuned[0], base, out=out)
+        squares = [_square(delta)]
+        for task in tuned[1:]:
+            delta = task - base
+            squares.append(_square(delta))
+            out += delta
+        return torch.stack([*squares, _square(out)])
+
+    def pieces(stack: Tensor) -> list[Tensor]:
+        return [piece for matrix in stack for piece in matrix.split(rows, dim=-2)]
+
+    total = torch.empty(base.shape, dtype=dtype, device=base.device)
+    inputs = pieces(tuned.reshape(-1, T, m, n)), pieces(base.reshape(-1, m, n))
+    squares = torch.zeros(batch.numel(), T + 1, dtype=torch.float64, device=base.device)
+    for i, part in enumerate(side_by_side(one, *inputs, out=pieces(total.view(-1, m, n)))):
+        squares[i // -(-m // rows)] += part  # in this order, whatever is batched
+    norms = squares.sqrt_()
+    return total, norms[:, :T].reshape(*batch, T), norms[:, T].reshape(batch)
+
+
+def finalize(base: Tensor, update: Tensor, *, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """The product, rounded; the base added in place."""
+    dtype = torch.promote_types(torch.promote_types(base.dtype, update.dtype), torch.float32)
+    return (update * scale.to(dtype)[..., None, None]).add_(base).to(out_dtype)
+
+
 def matmul(A: Tensor, B: Tensor) -> Tensor:
     """A B, each matrix of the stack by one thread: the bits do not depend on the batch."""
     batch = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])
@@ -153,6 +191,11 @@ def matmul(A: Tensor, B: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------- one matrix
+
+
+def _square(A: Tensor) -> Tensor:
+    """||A||_F², summed in float64."""
+    return torch.linalg.vector_norm(A, dtype=torch.float64).square()
 
 
 class _Factored(NamedTuple):
@@ -211,20 +254,8 @@ def _factored(A: Tensor, rtol: float, precision: str) -> _Factored:
         result = _factored_mixed(A, rtol, TOLERANCE[precision])
         if result is not None:
             return result
-    B = A.double()
-    values, V = eigh(gram(B))
-    S = values.clamp_min(0).sqrt()
-    kept = S > rtol * S[-1]
-    error = noise(torch.float64)
-    decided = rtol**2 > 4 * error or bool(kept.all())  # else noise could decide the rank
-    if decided and not unresolved(values[kept], error, TOLERANCE[precision]):
-        inverse = torch.where(kept, S.reciprocal(), 0)
-        factor = B @ _root(V, inverse)
-    else:
-        U, S, Vh = torch.linalg.svd(B, full_matrices=False)
-        kept = S > rtol * S[0]
-        factor = (U * kept) @ Vh
-    return _Factored(factor.to(A.dtype), None, None, (S * kept).sum(), kept.sum())
+    factor, nuclear_norm, rank = polar_by_eigenvectors(A, rtol, TOLERANCE[precision])
+    return _Factored(factor, None, None, nuclear_norm, rank)
 
 
 def _factored_mixed(A: Tensor, rtol: float, tolerance: float) -> _Factored | None:

@@ -52,6 +52,18 @@ def project_scale(Q: Tensor, W: Tensor, *, row_scale: Tensor) -> tuple[Tensor, T
     return C, C.square().sum(-2)
 
 
+def delta_sum(tuned: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ_t Δ_t [..., m, n], ||Δ_t||_F [..., T] and ||Σ_t Δ_t||_F [...], where Δ_t = tuned_t - base."""
+    deltas = tuned.double() - base.double().unsqueeze(-3)
+    total = deltas.sum(-3)
+    return total, torch.linalg.matrix_norm(deltas), torch.linalg.matrix_norm(total)
+
+
+def finalize(base: Tensor, update: Tensor, *, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """base + scale * update [..., m, n], with one scale [...] per matrix."""
+    return (base.double() + scale.double()[..., None, None] * update.double()).to(out_dtype)
+
+
 def rsvd(
     A: Tensor, k: int, *, deflate: Tensor, rtol: float, atol: Tensor, tol: float, seed: int, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,71 @@
+"""Which tiles a product is cut into, and how many programs compute them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
+
+import triton
+
+from isomerge.backends.triton.launch import PROCESSORS, Launch
+
+LAUNCHES: Mapping[str, tuple[Launch, ...]] = MappingProxyType(
+    {
+        # One plane: what a tile reads from L2 per product bounds it, so the accumulator takes what registers there are,
+        # 128 a thread at 128 x 256, 222 registers in all. A row of depth is the widest swizzle of shared memory, 128
+        # bytes; 144 KiB and 128 KiB.
+        "bf16": (Launch(128, 256, 64, 8, 3), Launch(128, 128, 64, 8, 4), Launch(64, 64, 64, 4, 4)),
+        "tf32": (Launch(128, 256, 32, 8, 3), Launch(128, 128, 32, 8, 4), Launch(64, 64, 32, 4, 4)),
+        # Several planes: a second accumulator of the same size leaves 128 x 128, and one step of all planes is 32 KiB
+        # (bf16x3, tf32x3) or 48 KiB (bf16x6): as many stages as fit into 144 KiB.
+        "bf16x3": (Launch(128, 128, 32, 8, 4), Launch(64, 64, 32, 4, 4)),
+        "bf16x6": (Launch(128, 128, 32, 8, 3), Launch(64, 64, 32, 4, 3)),
+        "tf32x3": (Launch(128, 128, 16, 8, 4), Launch(64, 64, 16, 4, 4)),
+        # No tensor cores: the operands of a step are held in registers, which bounds the depth.
+        "fp32": (Launch(64, 64, 16, 4, 3),),
+    }
+)
+"""By format, the largest tile first. Columns are rows or twice as many, and depths divide `planes.DEPTH`.
+
+All fit the 163 KiB of shared memory of capability 8.0 as well as the 227 of 9.0. The rows of one format have the same
+depth, so that the order of summation does not depend on the tile, nor on how many matrices are multiplied at once."""
+
+CACHE = 32 * 2**20
+"""Bytes of operands that stay in an L2 cache of 50 MB (40 on an A100) beside the result."""
+
+
+@lru_cache(maxsize=1024)
+def fitting(format: str, m: int, n: int, batch: int, symmetric: bool) -> Launch:
+    """The row of `LAUNCHES` with the least waves x (rows + columns): what one multiprocessor reads in all.
+
+    Reading from L2 bounds every tile here: of the 48 bytes a cycle that tensor cores take in at 128 x 256 it delivers
+    some 28. Waves alone would favour tiles that are too large, sizes alone waves that are half empty.
+    Symmetric results take square tiles: the mirrored half of a wide one does not fit the registers.
+    """
+
+    def read(launch: Launch) -> int:
+        tiles = 0
+        for row in range(0, m, launch.rows):
+            end = min(n, row + launch.rows) if symmetric else n
+            tiles += triton.cdiv(end, launch.columns)
+        return triton.cdiv(batch * tiles, PROCESSORS) * (launch.rows + launch.columns)
+
+    return min((row for row in LAUNCHES[format] if row.rows == row.columns or not symmetric), key=read)
+
+
+def grouping(size: int) -> int:
+    """Tiles along the side of a square in which programs are launched, for operands of `size` bytes.
+
+    Row by row the 132 programs of a wave of a large matrix at r = 14336 read 114 strips of operands,
+    in squares of 8 x 8 tiles 32.
+    """
+    return 1 if size <= CACHE else 8
+
+
+def programs(launch: Launch, group: int, m: int, n: int, symmetric: bool) -> int:
+    """Programs of one matrix [m, n]: whole squares, of which some tiles may lie outside, or above the diagonal."""
+    side = group * launch.columns
+    down, across = triton.cdiv(m, side), triton.cdiv(n, side)
+    squares = down * (down + 1) // 2 if symmetric else down * across
+    return squares * (side // launch.rows) * group
