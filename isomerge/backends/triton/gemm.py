@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isomerge.backends.triton.launch import Launch, launching
+from isomerge.backends.triton.launch import Launch, capability, launching
 from isomerge.backends.triton.planes import ROUNDINGS
 from isomerge.backends.triton.schedule import fitting, grouping, programs
 from isomerge.backends.triton.tiles import product, triangle
@@ -182,7 +182,7 @@ def gemm(
     if out.numel() == 0:
         return out
     added = out if addend is None else addend.contiguous()
-    launch = launch or fitting(format, m, n, B, symmetric)
+    launch = launch or fitting(format, m, n, B, symmetric, capability(left.device))
     group = grouping(left.nbytes // B)
     count = programs(launch, group, m, n, symmetric)
     with launching(left, right, added, out):

@@ -34,6 +34,14 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def capability(device: torch.device) -> int:
+    """The compute capability of a device, 90 for 9.0; of the interpreter, which has no limits, that."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 @contextmanager
 def launching(*tensors: Tensor) -> Iterator[None]:
     """Makes the device of the tensors current: Triton launches there, not where its arguments are.

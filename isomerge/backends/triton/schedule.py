@@ -9,6 +9,7 @@ from types import MappingProxyType
 import triton
 
 from isomerge.backends.triton.launch import PROCESSORS, Launch
+from isomerge.backends.triton.planes import ROUNDINGS
 
 LAUNCHES: Mapping[str, tuple[Launch, ...]] = MappingProxyType(
     {
@@ -35,13 +36,26 @@ CACHE = 32 * 2**20
 """Bytes of operands that stay in an L2 cache of 50 MB (40 on an A100) beside the result."""
 
 
+def usable(format: str, symmetric: bool, capability: int) -> tuple[Launch, ...]:
+    """The rows of `LAUNCHES` that fit the registers, on devices of a compute capability (90 for 9.0).
+
+    Symmetric results take square tiles, for the mirrored half of a wide one. Before 9.0 tensor cores take operands
+    from registers, and the two accumulators of several planes leave none for the mirrored half of 128 x 128.
+    """
+    rows = LAUNCHES[format]
+    if symmetric:
+        rows = tuple(row for row in rows if row.rows == row.columns)
+        if capability < 90 and ROUNDINGS[format].planes > 1:
+            rows = rows[-1:]
+    return rows
+
+
 @lru_cache(maxsize=1024)
-def fitting(format: str, m: int, n: int, batch: int, symmetric: bool) -> Launch:
-    """The row of `LAUNCHES` with the least waves x (rows + columns): what one multiprocessor reads in all.
+def fitting(format: str, m: int, n: int, batch: int, symmetric: bool, capability: int = 90) -> Launch:
+    """The usable row of `LAUNCHES` with the least waves x (rows + columns): what one multiprocessor reads in all.
 
     Reading from L2 bounds every tile here: of the 48 bytes a cycle that tensor cores take in at 128 x 256 it delivers
     some 28. Waves alone would favour tiles that are too large, sizes alone waves that are half empty.
-    Symmetric results take square tiles: the mirrored half of a wide one does not fit the registers.
     """
 
     def read(launch: Launch) -> int:
@@ -51,7 +65,7 @@ def fitting(format: str, m: int, n: int, batch: int, symmetric: bool) -> Launch:
             tiles += triton.cdiv(end, launch.columns)
         return triton.cdiv(batch * tiles, PROCESSORS) * (launch.rows + launch.columns)
 
-    return min((row for row in LAUNCHES[format] if row.rows == row.columns or not symmetric), key=read)
+    return min(usable(format, symmetric, capability), key=read)
 
 
 def grouping(size: int) -> int:
