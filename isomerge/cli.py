@@ -265,16 +265,22 @@ def doctor_command() -> None:
     """Show versions, devices and which backend can run which op here, with the reasons."""
     import torch
 
-    from isomerge.backends import table
+    from isomerge.backends import BACKENDS, table
 
     _out.print(f"isomerge {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     _out.print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     _out.print(f"devices: {', '.join(['cpu', *devices])}", markup=False)
-    rows = Table("op", "backend", "runs here", box=None, pad_edge=False)
-    for op, backend, reason in table():
-        rows.add_row(op, backend, "yes" if reason is None else f"no: {reason}")
-    _out.print(rows)
+    for device in ("cpu", *["cuda"] * bool(devices)):
+        alike: dict[tuple[str, str | None], list[str]] = {}
+        for op, backend, reason in sorted(table(device), key=lambda cell: list(BACKENDS).index(cell[1])):
+            if op in BACKENDS[backend].ops:
+                alike.setdefault((backend, reason), []).append(op)
+        rows = Table("backend", f"runs on {device}", "ops", box=None, pad_edge=False)
+        for (backend, reason), found in alike.items():
+            every = len(found) == len(BACKENDS["reference"].ops)
+            rows.add_row(backend, "yes" if reason is None else f"no: {reason}", "all" if every else ", ".join(found))
+        _out.print(rows)
 
 
 @app.callback(invoke_without_command=True)

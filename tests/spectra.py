@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from isomerge.backends import BACKENDS
+
+ON_CPU = tuple(name for name, row in BACKENDS.items() if row.devices is None)
+"""The backends that run on any device."""
+
 SHAPES = {"square": (48, 48), "tall": (80, 24), "wide": (24, 80), "row": (1, 40), "column": (40, 1), "single": (1, 1)}
 
 

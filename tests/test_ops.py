@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from spectra import SHAPES, SPECTRA, matrix, orthonormal, projector, relative
+from spectra import ON_CPU, SHAPES, SPECTRA, matrix, orthonormal, projector, relative
 from torch import Tensor
 
+from isomerge import backends as backends_module
 from isomerge import ops
 from isomerge.backends import BACKENDS, OPS, eager, eigen, table
 from isomerge.backends.iterations import chebyshev_subspace
 
-FAST = [name for name in BACKENDS if name != "reference"]
+FAST = [name for name in ON_CPU if name != "reference"]
 BOUND = {"fast": 2e-2, "default": 1e-4, "exact": 1e-6}
 
 cases = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -71,7 +75,7 @@ def test_singular_values_at_the_null_threshold(side: int) -> None:
     below, above = ops.RANK_RTOL / 2, ops.RANK_RTOL * 4
     S = torch.cat([torch.ones(side - 2), torch.tensor([above, below])]).double()
     A = (orthonormal(side, side, 1) * S) @ orthonormal(side, side, 2).mT
-    for backend in BACKENDS:
+    for backend in ON_CPU:
         assert ops.polar(A, backend=backend).rank == side - 1
         assert ops.polar(A, backend=backend, rtol=1e-8).rank == side
 
@@ -270,7 +274,7 @@ def test_empty_stacks(shape: tuple[int, ...]) -> None:
         (lambda A: ops.polar(A / 0 - A / 0), "polar: A holds 20 non-finite values"),
         (lambda A: ops.rsvd(A * float("inf"), 2), "rsvd: A holds 20 non-finite values"),
         (lambda A: ops.polar(A, precision="best"), "precision must be one of fast, default, exact, got 'best'"),
-        (lambda A: ops.polar(A, backend="cuda13"), "polar: unknown backend 'cuda13'; expected one of: auto, eager"),
+        (lambda A: ops.polar(A, backend="cuda13"), "polar: unknown backend 'cuda13'; expected one of: auto, triton, cuda, eager"),
         (lambda A: ops.rsvd(A, 5), r"rsvd: k must be within 0..min\(m, n\) = 4"),
         (lambda A: ops.rsvd(A, -1), "rsvd: k must be within 0"),
         (lambda A: ops.rsvd(A, 2, deflate=A.mT), r"rsvd: deflate must be \[..., 4, q\], got \(5, 4\)"),
@@ -287,10 +291,11 @@ def test_wrong_calls_say_what_was_expected(call: object, message: str) -> None:
 def test_an_explicit_backend_runs_or_explains(monkeypatch: pytest.MonkeyPatch) -> None:
     row = BACKENDS["eager"]._replace(devices=("cuda",), ops=("polar",))
     monkeypatch.setattr("isomerge.backends.BACKENDS", {"gpu": row, **BACKENDS})
+    monkeypatch.setattr("isomerge.backends.eager.availability", lambda: None, raising=False)
     with pytest.raises(ops.BackendUnavailable, match=r"polar\[gpu\] cannot run: expected a tensor on cuda, got cpu"):
         ops.polar(torch.ones(2, 2), backend="gpu")
     with pytest.raises(
-        ops.BackendUnavailable, match="gpu does not provide matmul; it is provided by: eager, reference"
+        ops.BackendUnavailable, match="gpu does not provide matmul; it is provided by: triton, eager, reference"
     ):
         ops.matmul(torch.ones(2, 2), torch.ones(2, 2), backend="gpu")
     assert ops.polar(torch.ones(2, 2)).rank == 1  # auto goes on to one that can
@@ -298,7 +303,23 @@ def test_an_explicit_backend_runs_or_explains(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_table_lists_every_cell() -> None:
     assert [(op, backend) for op, backend, _ in table()] == [(op, backend) for op in OPS for backend in BACKENDS]
-    assert {reason for _, _, reason in table()} == {None}
+    for _, backend, reason in table():
+        assert (reason is None) == (BACKENDS[backend].devices is None)
+
+
+def test_a_backend_for_another_device_says_what_this_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends_module._unavailable.cache_clear()
+    monkeypatch.setattr("isomerge.backends.triton.availability", lambda: "no device was found")
+    with pytest.raises(ops.BackendUnavailable, match=r"polar\[triton\] cannot run: no device was found\. Use"):
+        ops.polar(torch.ones(2, 2), backend="triton")
+    backends_module._unavailable.cache_clear()
+
+
+def test_auto_does_not_load_backends_of_other_devices() -> None:
+    code = "import sys, torch; from isomerge import ops; ops.polar(torch.ones(2, 2)); "
+    code += "assert not {'triton', 'isomerge.backends.triton', 'isomerge.backends.cuda'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_triangular_gram_equals_the_plain_product() -> None:

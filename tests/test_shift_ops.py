@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from spectra import SHAPES, matrix, orthonormal, projector, relative
+from spectra import ON_CPU, SHAPES, matrix, orthonormal, projector, relative
 from torch import Tensor
 
 from isomerge import ops
-from isomerge.backends import BACKENDS
 
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-fast = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+every_backend = pytest.mark.parametrize("backend", ON_CPU)
+fast = pytest.mark.parametrize("backend", [name for name in ON_CPU if name != "reference"])
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -7,6 +7,7 @@ A backend is a module with one function per op, all with the op's name and one c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -30,7 +31,10 @@ OPS = (
 
 
 class Backend(NamedTuple):
-    """One row of `BACKENDS`: the module, the ops it answers, and where it runs."""
+    """One row of `BACKENDS`: the module, the ops it answers, and where it runs.
+
+    With `devices`, the module has a function `availability() -> str | None`: why it cannot run on this machine.
+    """
 
     module: str
     ops: tuple[str, ...]
@@ -40,6 +44,9 @@ class Backend(NamedTuple):
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {  # in the order in which `auto` asks
+        "triton": Backend("isomerge.backends.triton", OPS, devices=("cuda",), automatic=True),
+        # Chosen by name alone, until a measurement on a device puts it before triton.
+        "cuda": Backend("isomerge.backends.cuda", ("shift_cov", "project_scale"), devices=("cuda",), automatic=False),
         "eager": Backend("isomerge.backends.eager", OPS, devices=None, automatic=True),
         "reference": Backend("isomerge.backends.reference", OPS, devices=None, automatic=False),
     }
@@ -56,9 +63,18 @@ def refusal(op: str, backend: str, device: torch.device) -> str | None:
     if op not in row.ops:
         answering = ", ".join(name for name, other in BACKENDS.items() if op in other.ops)
         return f"{backend} does not provide {op}; it is provided by: {answering}"
-    if row.devices is not None and device.type not in row.devices:
+    if row.devices is None:
+        return None
+    unavailable = _unavailable(row.module)
+    if unavailable is None and device.type not in row.devices:
         return f"expected a tensor on {' or '.join(row.devices)}, got {device}"
-    return None
+    return unavailable
+
+
+@cache
+def _unavailable(module: str) -> str | None:
+    reason: str | None = import_module(module).availability()
+    return reason
 
 
 def resolve(op: str, backend: str, A: Tensor) -> Callable[..., Any]:
@@ -67,7 +83,7 @@ def resolve(op: str, backend: str, A: Tensor) -> Callable[..., Any]:
     Raises ValueError for an unknown name, BackendUnavailable when the named backend cannot run this call.
     """
     if backend == "auto":
-        chosen = next(name for name, row in BACKENDS.items() if row.automatic and refusal(op, name, A.device) is None)
+        chosen = next(name for name, row in BACKENDS.items() if _automatic(op, name, row, A.device))
     elif backend in BACKENDS:
         reason = refusal(op, backend, A.device)
         if reason is not None:
@@ -77,6 +93,12 @@ def resolve(op: str, backend: str, A: Tensor) -> Callable[..., Any]:
         raise ValueError(f"{op}: unknown backend {backend!r}; expected one of: auto, {', '.join(BACKENDS)}")
     function: Callable[..., Any] = getattr(import_module(BACKENDS[chosen].module), op)
     return function
+
+
+def _automatic(op: str, backend: str, row: Backend, device: torch.device) -> bool:
+    if row.devices is not None and device.type not in row.devices:
+        return False  # known without importing what the backend is made of
+    return row.automatic and refusal(op, backend, device) is None
 
 
 def table(device: torch.device | str = "cpu") -> list[tuple[str, str, str | None]]:
