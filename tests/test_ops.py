@@ -274,7 +274,10 @@ def test_empty_stacks(shape: tuple[int, ...]) -> None:
         (lambda A: ops.polar(A / 0 - A / 0), "polar: A holds 20 non-finite values"),
         (lambda A: ops.rsvd(A * float("inf"), 2), "rsvd: A holds 20 non-finite values"),
         (lambda A: ops.polar(A, precision="best"), "precision must be one of fast, default, exact, got 'best'"),
-        (lambda A: ops.polar(A, backend="cuda13"), "polar: unknown backend 'cuda13'; expected one of: auto, triton, cuda, eager"),
+        (
+            lambda A: ops.polar(A, backend="cuda13"),
+            "polar: unknown backend 'cuda13'; expected one of: auto, triton, cuda, eager",
+        ),
         (lambda A: ops.rsvd(A, 5), r"rsvd: k must be within 0..min\(m, n\) = 4"),
         (lambda A: ops.rsvd(A, -1), "rsvd: k must be within 0"),
         (lambda A: ops.rsvd(A, 2, deflate=A.mT), r"rsvd: deflate must be \[..., 4, q\], got \(5, 4\)"),

@@ -27,12 +27,12 @@ from isomerge.backends.eigen import (
     leading,
     mirror,
     noise,
+    polar_by_eigenvectors,
     split_basis,
     times,
     unresolved,
 )
 from isomerge.backends.iterations import block_krylov, eigh
-from isomerge.backends.polar_iteration import polar_by_eigenvectors
 from isomerge.backends.side_by_side import matrices, side_by_side
 
 TOKENS = 512

@@ -99,6 +99,34 @@ def unresolved(values: Tensor, noise: float, tolerance: float) -> int:
     return int((noise * values[-1] * tails.sqrt() / 2 > tolerance).sum())
 
 
+def settled(values: Tensor, kept: Tensor, rtol: float, tolerance: float) -> bool:
+    """Whether a float64 eigensolve of a Gram (values ascending) gives a polar factor over the `kept` directions within
+    `tolerance`, and noise did not decide which these are."""
+    error = noise(torch.float64)
+    decided = rtol**2 > 4 * error or bool(kept.all())
+    return decided and not unresolved(values[kept], error, tolerance)
+
+
+def polar_by_eigenvectors(A: Tensor, rtol: float, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Polar factor [m, n], nuclear norm and rank of A [m, n], m >= n, from its float64 Gram; else by an SVD."""
+    B = A.double()
+    values, V = eigh(gram(B))
+    S = values.clamp_min(0).sqrt()
+    kept = S > rtol * S[-1]
+    if not settled(values, kept, rtol, tolerance):
+        factor, nuclear_norm, rank = polar_by_svd(B, rtol)
+        return factor.to(A.dtype), nuclear_norm, rank
+    factor = B @ gram((V * torch.where(kept, S.rsqrt(), 0)).mT)
+    return factor.to(A.dtype), (S * kept).sum(), kept.sum()
+
+
+def polar_by_svd(A: Tensor, rtol: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Polar factor [m, n], nuclear norm and rank of A [m, n] by its definition, in its own dtype."""
+    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    kept = S > rtol * S[0]
+    return (U * kept) @ Vh, (S * kept).sum(), kept.sum()
+
+
 def mixing(values: Tensor, k: int, noise: float) -> float:
     """Root mean square sine between the computed and the true dominant k-dimensional eigenspace, estimated.
 

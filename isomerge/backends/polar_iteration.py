@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from isomerge.backends.batched_eigen import eigh
 from isomerge.backends.coefficients import NEWTON_SCHULZ, Step, schedule
-from isomerge.backends.eigen import gram, noise, unresolved
-from isomerge.backends.iterations import eigh
+from isomerge.backends.eigen import polar_by_svd, settled
 from isomerge.backends.primitives import FORMATS, Primitives
 
 TOLERANCE = {"fast": 2e-2, "default": 2e-4, "exact": 1e-10}
@@ -53,7 +53,7 @@ def polar(A: Tensor, primitives: Primitives, *, rtol: float, precision: str) -> 
 
     One schedule for the whole stack, that of the worst-conditioned matrix. Float64 matrices are computed in float64
     throughout. The host waits for the device twice: for the conditioning, and for the deviation of each result from
-    orthonormal rows, without which none is returned; then after each safeguard step, and in each eigensolve.
+    orthonormal rows, without which none is returned; then after each safeguard step, and in `by_eigenvectors`.
     """
     batch, (m, n) = A.shape[:-2], A.shape[-2:]
     X = A.reshape(batch.numel(), m, n)
@@ -73,9 +73,10 @@ def polar(A: Tensor, primitives: Primitives, *, rtol: float, precision: str) -> 
             factor, nuclear_norm = _spread(factor, able, len(X)), _spread(nuclear_norm, able, len(X))
         rest.update(i for i, done in zip(able, converged, strict=True) if not done)
     rank = torch.full((len(X),), min(m, n), device=X.device)
-    for i in rest:
-        solved, nuclear_norm[i], rank[i] = polar_by_eigenvectors(X[i].mT, rtol, tolerance)
-        factor[i] = solved.mT
+    if rest:
+        left = sorted(rest)
+        solved, nuclear_norm[left], rank[left] = by_eigenvectors(X[left].double(), primitives, rtol, tolerance)
+        factor[left] = solved.to(factor.dtype)
     factor = factor if m <= n else factor.mT
     return factor.reshape(A.shape), nuclear_norm.reshape(batch), rank.reshape(batch)
 
@@ -198,21 +199,17 @@ def orthonormal(X: Tensor, primitives: Primitives, tolerance: float) -> list[boo
     return close
 
 
-def polar_by_eigenvectors(A: Tensor, rtol: float, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Polar factor [m, n], nuclear norm and rank of one A [m, n], m >= n, from its float64 Gram; for any rank.
+def by_eigenvectors(X: Tensor, primitives: Primitives, rtol: float, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Polar factors, nuclear norms and ranks of float64 X [B, r, b] from eigensolves of their Grams, for any rank.
 
-    An eigensolve where that is within `tolerance` and noise cannot decide the rank; elsewhere an SVD.
+    Waits in `eigh`, and once for the eigenvalues; a matrix whose rank or factor noise could decide gets an SVD.
     """
-    B = A.double()
-    values, V = eigh(gram(B))
+    values, V = eigh(primitives.gram(X, format="fp64"))
     S = values.clamp_min(0).sqrt()
-    kept = S > rtol * S[-1]
-    error = noise(torch.float64)
-    decided = rtol**2 > 4 * error or bool(kept.all())
-    if decided and not unresolved(values[kept], error, tolerance):
-        factor = B @ gram((V * torch.where(kept, S.rsqrt(), 0)).mT)
-    else:
-        U, S, Vh = torch.linalg.svd(B, full_matrices=False)
-        kept = S > rtol * S[0]
-        factor = (U * kept) @ Vh
-    return factor.to(A.dtype), (S * kept).sum(), kept.sum()
+    kept = S > rtol * S[:, -1:]
+    root = primitives.gram(V * torch.where(kept, S.rsqrt(), 0).unsqueeze(-2), format="fp64")
+    factor, nuclear_norm, rank = root @ X, (S * kept).sum(-1), kept.sum(-1)
+    for i, (mine, known) in enumerate(zip(values.cpu(), kept.cpu(), strict=True)):
+        if not settled(mine, known, rtol, tolerance):
+            factor[i], nuclear_norm[i], rank[i] = polar_by_svd(X[i], rtol)
+    return factor, nuclear_norm, rank
