@@ -183,7 +183,11 @@ def slow_recipe(folder: Path) -> Path:
 def started(recipe: Path) -> tuple[subprocess.Popen[str], Path]:
     """A merge in another process, and its hidden folder once there are weights in it."""
     command = [*COMMAND, "merge", str(recipe), str(recipe.parent / "out"), "--quiet"]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def listen() -> None:  # a job in the background may have been told to ignore it, and hands that on
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and child.poll() is None:
         for folder in recipe.parent.glob(".out*"):
