@@ -23,13 +23,7 @@ CPU = torch.device("cpu")
 ALL = tuple(FORMATS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Of hundreds of products this small, each waits for its last thread: ten times as long where cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def with_values(values: Tensor, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,8 @@
+"""The command line: `isomerge merge`, `plan`, `capture`, `inspect`, `methods`, `doctor`. The only package that prints.
+
+Exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted. Errors are one line on stderr.
+"""
+
+from isomerge.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,5 @@
+"""`python -m isomerge.cli`."""
+
+from isomerge.cli.app import main
+
+main()
