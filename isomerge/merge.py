@@ -61,7 +61,9 @@ def merge(
         from isomerge import __version__
         from isomerge.recipe import dump_recipe
 
-        report = new_report(job.plan, job.base, job.experts, __version__)
+        report = new_report(
+            job.plan, job.base, job.experts, __version__, statistics=job.statistics, device=str(job.place.device)
+        )
         metadata = {**job.base.metadata, "isomerge_version": __version__}
         with Writer(out, _specs(job.plan), shard_bytes=shard_bytes, metadata=metadata, overwrite=overwrite) as writer:
             # Beside the output, where the disk was found to have room.

@@ -15,10 +15,13 @@ import torch
 
 from isomerge.methods import METHODS
 from isomerge.settings import as_recipe, dtype_name
+from isomerge.statistics import Statistics
 
 if TYPE_CHECKING:
     from isomerge.checkpoint import Checkpoint
+    from isomerge.moments import Moments
     from isomerge.plan import Plan
+    from isomerge.settings import Model
 
 
 @dataclass(slots=True)
@@ -72,20 +75,30 @@ class Report:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
 
-def new_report(plan: Plan, base: Checkpoint, experts: Sequence[Checkpoint], version: str) -> Report:
+def new_report(
+    plan: Plan,
+    base: Checkpoint,
+    experts: Sequence[Checkpoint],
+    version: str,
+    *,
+    statistics: Sequence[Moments] = (),
+    device: str = "cpu",
+) -> Report:
     """The report of a merge that is about to start: everything but the numbers."""
     settings = plan.settings
+    captured: Sequence[Moments | None] = statistics or [None] * len(experts)
     return Report(
         versions={"isomerge": version, "torch": torch.__version__, "python": platform.python_version()},
         machine={
             "system": f"{platform.system()} {platform.machine()}",
             "cpus": os.cpu_count() or 1,
             "threads": torch.get_num_threads(),
+            "device": device,
         },
         base={"model": settings.base.name, "digest": base.digest},
         experts=[
-            {"model": model.name, "weight": model.weight, "digest": expert.digest}
-            for model, expert in zip(settings.models, experts, strict=True)
+            {"model": model.name, "weight": model.weight, "digest": expert.digest, **_statistics(model, found)}
+            for model, expert, found in zip(settings.models, experts, captured, strict=True)
         ],
         family=plan.family.name,
         settings=as_recipe(settings),
@@ -101,6 +114,14 @@ def new_report(plan: Plan, base: Checkpoint, experts: Sequence[Checkpoint], vers
         ),
         warnings=list(plan.warnings),
     )
+
+
+def _statistics(model: Model, found: Moments | None) -> dict[str, object]:
+    """What a report says of an expert's statistics: the file, its header's digest, and how many samples it is from."""
+    if found is None or not isinstance(found.source, Statistics):
+        return {}
+    file = found.source
+    return {"statistics": model.statistics, "statistics_digest": file.digest, "samples": file.samples}
 
 
 def peak_rss() -> int | None:

@@ -48,6 +48,7 @@ class Statistics:
     """An open statistics file, a context manager; moments are read on request.
 
     path              the file
+    digest            sha256 (hex) of its header and size
     samples           how many samples the expert was run on
     fingerprint       of the expert, over the names of `layers`
     base_fingerprint  of the base in Δ = expert - base, over the layers in output space; None without any
@@ -59,6 +60,7 @@ class Statistics:
         """Use `open_statistics`."""
         self.path = path
         self._file = file
+        self.digest = file.digest
         self.samples = _count(path, "samples", header.get("samples"))
         self.fingerprint = _hex(path, "fingerprint", header.get("fingerprint"))
         base = header.get("base_fingerprint")

@@ -224,6 +224,18 @@ def test_groups_of_moments_are_read_as_they_are_stored_and_scaled_with_shifts(tm
                     assert torch.equal(moment, values[unit.name] * (weight**2 if shifts else 1.0))
 
 
+def test_the_report_tells_which_statistics_and_where_it_was_computed(tmp_path: Path) -> None:
+    save(tmp_path, tokens=30)
+    merge(tiny.write_recipe(tmp_path, esm_recipe()), tmp_path / "out")
+    report = json.loads((tmp_path / "out/isomerge_report.json").read_text())
+    assert report["machine"]["device"] == "cpu"
+    assert [expert["statistics"] for expert in report["experts"]] == ["s0", "s1", "s2"]
+    for i, expert in enumerate(report["experts"]):
+        with open_statistics(tmp_path / f"s{i}") as file:
+            assert (expert["statistics_digest"], expert["samples"]) == (file.digest, file.samples)
+    assert len({expert["statistics_digest"] for expert in report["experts"]}) == 3
+
+
 @pytest.mark.parametrize("output", ["", "dense"], ids=["inputs", "shifts"])
 def test_weights_multiply_deltas(tmp_path: Path, output: str) -> None:
     states, moments = save(tmp_path, output=output)
