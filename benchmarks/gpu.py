@@ -32,18 +32,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # isomerge need not be installed
 
-import gpu_cases  # noqa: E402
 import gpu_measure  # noqa: E402
+import gpu_methods  # noqa: E402
+import gpu_ops  # noqa: E402
 import measure  # noqa: E402
 import torch  # noqa: E402
+from gpu_setting import Setting  # noqa: E402
 
-CASES: Mapping[str, Callable[[gpu_cases.Setting], Iterator[gpu_measure.Case]]] = {
-    "ceilings": gpu_cases.ceiling_cases,
-    "svd": gpu_cases.driver_cases,
-    "primitives": gpu_cases.primitive_cases,
-    "ops": gpu_cases.op_cases,
-    "methods": gpu_cases.method_cases,
-    "merge": gpu_cases.merge_cases,
+CASES: Mapping[str, Callable[[Setting], Iterator[gpu_measure.Case]]] = {
+    "ceilings": gpu_ops.ceiling_cases,
+    "svd": gpu_methods.driver_cases,
+    "primitives": gpu_ops.primitive_cases,
+    "ops": gpu_ops.op_cases,
+    "methods": gpu_methods.method_cases,
+    "merge": gpu_methods.merge_cases,
 }
 WEIGHTS = {
     "build": 60,
@@ -158,7 +160,7 @@ def totals(rows: Sequence[gpu_measure.Row]) -> list[gpu_measure.Row]:
 # ---------------------------------------------------------------------------------------------- cases, in a worker
 
 
-def work(results: Results, setting: gpu_cases.Setting, names: Sequence[str], until: float) -> None:
+def work(results: Results, setting: Setting, names: Sequence[str], until: float) -> None:
     """Goes on where the file says that the last worker stopped."""
     clock = gpu_measure.Clock(setting.device)
     for name in names:
@@ -166,7 +168,7 @@ def work(results: Results, setting: gpu_cases.Setting, names: Sequence[str], unt
         if section["done"]:
             continue
         stop = deadline(name, names, until)
-        setting = gpu_cases.Setting(setting.device, setting.quick, fastest_drivers(results.rows("svd")))
+        setting = Setting(setting.device, setting.quick, fastest_drivers(results.rows("svd")))
         cases = list(CASES[name](setting))
         clock.settle()
         while section["next"] < len(cases):
@@ -313,7 +315,7 @@ def main() -> None:
     label = re.sub(r"[^a-z0-9]+", "-", gpu_measure.name_of(device).lower())
     path: Path = arguments.out / f"gpu-{label}.json"
     if arguments.until:
-        work(Results(path), gpu_cases.Setting(device, arguments.quick), names, arguments.until)
+        work(Results(path), Setting(device, arguments.quick), names, arguments.until)
         return
 
     until = time.time() + 60 * arguments.minutes

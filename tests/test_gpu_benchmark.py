@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 
 import gpu
-import gpu_cases
 import gpu_measure
+import gpu_ops
 import pytest
 import test_gpu
 import torch
 from gpu_measure import Candidate, Case, Clock, Problem, rows_of
+from gpu_setting import Setting
 from spectra import matrix
 
 from isomerge.backends import OPS, eager
@@ -82,11 +83,11 @@ def test_twice_the_error_of_the_baseline_is_allowed() -> None:
 
 
 def test_a_wrong_op_is_recorded_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    setting, delta_sum = gpu_cases.Setting(CPU, quick=True), eager.delta_sum
+    setting, delta_sum = Setting(CPU, quick=True), eager.delta_sum
     monkeypatch.setattr(
         eager, "delta_sum", lambda tuned, base: (delta_sum(tuned, base)[0], *delta_sum(tuned, 0 * base)[1:])
     )
-    given = next(case for case in gpu_cases.op_cases(setting) if case.name == "delta_sum")
+    given = next(case for case in gpu_ops.op_cases(setting) if case.name == "delta_sum")
     wrong = {row["who"]: row.get("wrong") for row in rows_of(given, Clock(CPU), 0.0, {})}
     assert wrong == {"torch": None, "eager": True, "reference": False}
 
@@ -207,9 +208,9 @@ def test_a_worker_that_cannot_start_ends_its_section(tmp_path: Path) -> None:
 
 def test_time_that_is_up_is_said(tmp_path: Path) -> None:
     results = gpu.Results(tmp_path / "table.json")
-    gpu.work(results, gpu_cases.Setting(CPU, quick=True), ["ops"], time.time() - 1)
+    gpu.work(results, Setting(CPU, quick=True), ["ops"], time.time() - 1)
     section = gpu.Results(tmp_path / "table.json").section("ops")
-    count = len(list(gpu_cases.op_cases(gpu_cases.Setting(CPU, quick=True))))
+    count = len(list(gpu_ops.op_cases(Setting(CPU, quick=True))))
     assert section["lines"] == [f"Out of time: {count} of {count} cases were not measured."]
     assert section["done"]
 
@@ -241,7 +242,7 @@ def test_what_building_and_testing_came_to_is_said(
 
 
 def test_sizes_and_counts_of_the_models() -> None:
-    models = {model.name: model for model in gpu_cases.Setting(CPU).models}
+    models = {model.name: model for model in Setting(CPU).models}
     assert sum(m * n * count for (m, n), count in models["ViT-B/32"].counts.items()) == 12 * 12 * 768**2
     assert sum(m * n * count for (m, n), count in models["ViT-L/14"].counts.items()) == 24 * 12 * 1024**2
     per_block = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336

@@ -1,154 +1,24 @@
-"""What `gpu.py` measures: every op and primitive on the shapes of real models, and whole methods.
+"""Cases of `gpu.py`: the roofs of the device, every primitive, every op.
 
-Inputs are drawn on the device, as `deltas.py` draws them on the CPU. The yardstick is torch on the same device: float32
-`torch.linalg.svd` and eigh, IEEE float32 products; of a stack it computes one matrix, and its time counts for all.
+The yardstick is torch on the same device: float32 `torch.linalg.svd` and eigh, IEEE float32 products; of a stack it
+computes one matrix, and its time counts for all.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import memory
-import papers
 import torch
-from deltas import VIT_B32
 from gpu_measure import SPECTRAL, Candidate, Case, Problem
+from gpu_setting import EPS, LARGEST, MOMENT, Setting, among, projected, summed, svd64
 from torch import Tensor
 
-import isomerge
-from isomerge import methods, ops
-from isomerge.backends import OPS, table
+from isomerge import ops
+from isomerge.backends import OPS
 from isomerge.backends.primitives import FORMATS, Primitives, TorchPrimitives, float32_products
-from isomerge.checkpoint import open_checkpoint
-
-Shape = tuple[int, int]
-VIT_L14 = ((1024, 1024), (3072, 1024), (4096, 1024), (1024, 4096))  # one of each in 24 blocks
-LLAMA_8B = {  # in 32 blocks
-    (4096, 4096): 64,  # q_proj, o_proj
-    (1024, 4096): 64,  # k_proj, v_proj
-    (14336, 4096): 64,  # gate_proj, up_proj
-    (4096, 14336): 32,  # down_proj
-}
-
-EPS = torch.finfo(torch.float32).eps
-MOMENT = 1e-6  # of `shift_cov`, by its docstring
-LARGE = 2048  # above this rank float64 singular vectors are those of a Gram matrix: error 1e-16 κ², 1e-6 at κ = 1e5
-LARGEST = 4096  # side up to which a float64 eigensolve is waited for
-INPUT_BYTES = 8e9  # of inputs drawn for one problem; layers are taken as far as these go
-DRIVERS = ("gesvd", "gesvdj", "gesvda")
-SVDS: Mapping[str, Callable[[int], int]] = {
-    "iso_c": lambda T: 1,
-    "tsvm": lambda T: T,
-    "iso_cts": lambda T: 1 + T,
-    "esm": lambda T: T,
-}
-"""Large SVDs in the papers' computation of T tasks; the smaller ones that follow are not counted here."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """Matrices of a model: shapes and how many of each; layers that are merged together; tokens per task for ESM."""
-
-    name: str
-    counts: Mapping[Shape, int]
-    layers: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where and how large; `driver` is cuSOLVER's fastest for a shape, as measured."""
-
-    device: torch.device
-    quick: bool = False
-    driver: Callable[[int, int], str | None] = lambda m, n: None
-
-    @property
-    def tasks(self) -> int:
-        return 2 if self.quick else 8
-
-    @property
-    def models(self) -> list[Model]:
-        if self.quick:
-            return [Model("tiny", {(24, 24): 2, (24, 16): 2, (16, 24): 2}, 2, 64)]
-        return [
-            Model("ViT-B/32", dict.fromkeys(VIT_B32.values(), 12), 12, 32 * 50),
-            Model("ViT-L/14", dict.fromkeys(VIT_L14, 24), 24, 32 * 257),
-            Model("Llama-3-8B", LLAMA_8B, 1, 8192),
-        ]
-
-    def normal(self, *shape: int, seed: int = 0) -> Tensor:
-        return torch.randn(shape, generator=torch.Generator(self.device).manual_seed(seed), device=self.device)
-
-    def deltas(self, layers: int, m: int, n: int, seed: int = 0) -> Tensor:
-        """[L, T, m, n]: a low-rank signal with decaying spectrum over a noise floor."""
-        rank, shape = min(64, m, n), (layers, self.tasks)
-        signal = self.normal(*shape, m, rank, seed=seed) * torch.logspace(0, -1.3, rank, device=self.device)
-        noise = self.normal(*shape, m, n, seed=seed + 1).mul_(0.05)
-        return noise.add_(signal @ self.normal(*shape, rank, n, seed=seed + 2) / n**0.5).mul_(1e-3)
-
-    def inputs(self, tokens: int, n: int, layers: int = 1, tasks: int = 1) -> Tensor:
-        """[L, T, N, n]: a mean, and a spectrum that falls by 1e2 in a basis common to all."""
-        basis = torch.linalg.qr(self.normal(n, n, seed=3)).Q * torch.logspace(0, -2, n, device=self.device)[:, None]
-        X = self.normal(layers, tasks, tokens, n, seed=4)
-        for part in X.flatten(0, 1):  # in place
-            part.copy_(part @ basis)
-        return X.add_(0.1 * self.normal(n, seed=5))
-
-    def svd(self, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a matrix in float32, by the driver that was fastest for its shape."""
-        driver = self.driver(*A.shape) if A.is_cuda else None
-        U, S, Vh = torch.linalg.svd(A, full_matrices=False, driver=driver)
-        return U, S, Vh
-
-    def backends(self, op: str) -> list[str]:
-        """Who answers `op` here; the reference, which is the truth, only where it is quick."""
-        cells = table(self.device)
-        return [who for name, who, why in cells if name == op and why is None and (self.quick or who != "reference")]
-
-
-def svd64(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In float64, by torch's SVD or, where that takes too long, by the eigenvectors of the Gram matrix."""
-    A = A.double()
-    if min(A.shape) < LARGE:
-        U, S, Vh = torch.linalg.svd(A, full_matrices=False)
-        return U, S, Vh
-    if A.shape[0] < A.shape[1]:
-        U, S, Vh = svd64(A.mT)
-        return Vh.mT, S, U.mT
-    squares, V = torch.linalg.eigh(A.mT @ A)
-    S, V = squares.flip(0).clamp_min(0).sqrt(), V.flip(1)
-    return (A @ V) / S, S, V.mT
-
-
-@lru_cache(maxsize=1)
-def summed(setting: Setting, layers: int, m: int, n: int) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Sums of deltas [L, m, n], and the float64 SVD of the first."""
-    A = setting.deltas(layers, m, n).sum(1)
-    return A, svd64(A[0])
-
-
-def among(
-    problem: Callable[[str], Any], names: list[str], baseline: Callable[[], Any], layers: float | None = 1.0
-) -> dict[str, Candidate]:
-    """Backends by name, and torch: on the first matrix, where it has no batched way, or on all."""
-    return {"torch": Candidate(baseline, layers=layers), **{who: Candidate(partial(problem, who)) for who in names}}
-
-
-def projected(Q: Tensor, setting: Setting) -> Tensor:
-    """QQᵀ G of a fixed G [m, 16]: unlike Q, the same for every basis of a subspace."""
-    G = setting.normal(Q.shape[-2], 16, seed=9).to(Q.dtype)
-    return Q @ (Q.mT @ G)
-
-
-# ---------------------------------------------------------------------------------------------- one op
 
 
 def polar_flops(m: int, n: int) -> dict[str, float]:
@@ -368,9 +238,6 @@ def op_cases(setting: Setting) -> Iterator[Case]:
                 yield Case("shift_cov", label, partial(shift_cov, setting, m, n, dtype, shifts))
 
 
-# ---------------------------------------------------------------------------------------------- ceilings, SVDs, methods
-
-
 def ceiling_cases(setting: Setting) -> Iterator[Case]:
     """Bytes read plus written by a copy; products of random matrices, large ones and many small ones."""
     for megabytes in (1,) if setting.quick else (256, 4096):
@@ -399,68 +266,6 @@ def _gemm(setting: Setting, unit: str, L: int, r: int) -> Problem:
     facts = {"unit": unit, "amount": 2 * L * r**3, "of": "FLOP"}
     run = {"torch": Candidate(product)}
     return Problem(run, "torch", lambda C: C[0], lambda: A[0].double() @ B[0].double(), None, L, facts=facts)
-
-
-def driver_cases(setting: Setting) -> Iterator[Case]:
-    """cuSOLVER's SVDs, one row each, as one that takes too long ends the process; on a CPU the only one there is."""
-
-    def build(driver: str | None, m: int, n: int) -> Problem:
-        A, (U, _, Vh) = summed(setting, 1, m, n)
-        svd = partial(torch.linalg.svd, full_matrices=False, driver=driver)
-        svd(setting.normal(64, 64))  # makes cuSOLVER's handle
-        run = {driver or "torch": Candidate(lambda: svd(A[0]), once=True)}
-        return Problem(run, "torch", lambda r: r[0] @ r[2], lambda: U @ Vh, None, facts={"m": m, "n": n})
-
-    shapes = dict.fromkeys(shape for model in setting.models for shape in model.counts if max(shape) <= LARGEST)
-    for m, n in sorted(shapes, key=lambda shape: (min(shape), max(shape))):
-        for driver in DRIVERS if setting.device.type == "cuda" else (None,):
-            yield Case("svd", f"{m}x{n}", partial(build, driver, m, n))
-
-
-def method_cases(setting: Setting) -> Iterator[Case]:
-    """Smaller models first; of Llama the papers' side is one SVD, multiplied, and large answers are not checked."""
-    for model in setting.models:
-        for method in SVDS:
-            for (m, n), count in model.counts.items():
-                build = partial(_method, setting, model, method, m, n, count)
-                yield Case(method, f"{model.name} {m}x{n}", build)
-
-
-def _method(setting: Setting, model: Model, method: str, m: int, n: int, count: int) -> Problem:
-    T, L, X = setting.tasks, model.layers, None
-    if method == "esm":
-        L = max(1, min(L, int(INPUT_BYTES / (4 * T * model.tokens * n))))
-        X = setting.inputs(model.tokens, n, L, T)
-    deltas = setting.deltas(L, m, n)
-
-    def merged(D: Tensor = deltas, backend: str = "auto") -> Tensor:
-        if X is None:
-            result: Tensor = getattr(methods, method)(D, backend=backend)
-            return result
-        moments = ops.shift_cov(X[: len(D)].to(D.dtype), D if m < n else None, backend=backend)
-        return methods.esm(D, moments, backend=backend)
-
-    def published(dtype: torch.dtype = torch.float32) -> Tensor:
-        with patch.object(papers, "svd", setting.svd if dtype == torch.float32 else papers.svd):
-            first = deltas[0].to(dtype)
-            return (papers.METHODS[method](first) if X is None else papers.esm(first, X[0].to(dtype)))[None]
-
-    exact: Callable[[], Tensor] | None = partial(published, torch.float64)
-    one, note = Candidate(published, layers=1.0, once=True), ""
-    if (min(m, n) if X is None else m) > LARGE or max(m, n) > LARGEST:
-        A = deltas[0, 0] if X is None or m > LARGEST else X[0, 0] @ deltas[0, 0].mT
-        one = Candidate(lambda: setting.svd(A), layers=1 / SVDS[method](T), once=True, checked=False)
-        note = f"papers: {SVDS[method](T)} x one SVD of {A.shape[0]}x{A.shape[1]}"
-        exact = partial(merged, deltas[:1].double(), "eager")
-        if max(m, n) > LARGEST:
-            exact, note = None, f"{note}; answer not checked"
-    facts = {"model": model.name, "matrices": count, "T": T, "shapes": len(model.counts), "note": note}
-    run = {"papers": one, "isomerge": Candidate(merged)}
-    first = None if exact is None else lambda: exact()[0]
-    return Problem(run, "papers", lambda M: M[0], first, SPECTRAL, L, facts=facts)
-
-
-# ---------------------------------------------------------------------------------------------- primitives
 
 
 UNITS = {"bf16": ("bf16", 1), "bf16x3": ("bf16", 3), "bf16x6": ("bf16", 6), "tf32": ("tf32", 1), "tf32x3": ("tf32", 3)}
@@ -504,43 +309,3 @@ def _primitive(setting: Setting, L: int, r: int, name: str, format: str) -> Prob
     work, moved = {unit: products * half * L * 2.0 * r**3}, X.element_size() * (inputs + 1.0) * L * r * r
     floor = None if dtype == torch.float64 else 2 * FORMATS[format].unit  # no yardstick is finer than float64
     return Problem(run, "torch", lambda C: C[0], lambda: plainly(torch.float64, 1)[0], floor, L, work, moved)
-
-
-# ---------------------------------------------------------------------------------------------- from disk to disk
-
-
-def merge_cases(setting: Setting) -> Iterator[Case]:
-    """Whole merges of eight ViT-B/32 experts, float32 out, on the CPU and on the device."""
-    for method in ("iso_c", "tsvm", "iso_cts"):
-        yield Case(f"merge {method}", "tiny" if setting.quick else "ViT-B/32 on disk", partial(_merge, setting, method))
-
-
-@lru_cache(maxsize=1)
-def _models(quick: bool) -> tempfile.TemporaryDirectory[str]:
-    folder = tempfile.TemporaryDirectory(prefix="isomerge-gpu-")
-    shapes = {f"model.visual.blocks.0.{name}.weight": (48, 16) for name in VIT_B32} if quick else memory.MATRICES
-    with patch.object(memory, "MATRICES", shapes):
-        memory.write_models(Path(folder.name))
-    return folder
-
-
-def _merge(setting: Setting, method: str) -> Problem:
-    folder = Path(_models(setting.quick).name)
-    experts = [{"model": str(folder / f"expert{t}.safetensors")} for t in range(memory.EXPERTS)]
-    recipe = {"merge_method": method, "base_model": str(folder / "base.safetensors"), "models": experts}
-    recipe["out_dtype"] = "float32"
-
-    def merged(device: str) -> Path:
-        out = folder / device
-        isomerge.merge(recipe, out, overwrite=True, device=device)
-        return out
-
-    def update(out: Path) -> Tensor:
-        base, result = open_checkpoint(folder / "base.safetensors"), open_checkpoint(out)
-        return torch.cat([(result.read(name) - base.read(name).float()).flatten() for name in sorted(base.tensors)])
-
-    run = {"cpu": Candidate(lambda: merged("cpu"), once=True)}
-    if setting.device.type == "cuda":
-        run["cuda"] = Candidate(lambda: merged("cuda"))
-    # each is within SPECTRAL of float64, so they are within twice that of one another
-    return Problem(run, "cpu", update, lambda: update(folder / "cpu").double(), 2 * SPECTRAL, facts={"method": method})
