@@ -135,7 +135,7 @@ class _Run:
             values = self._job.base.read(assignment.name, start, min(PIECE_ELEMENTS, assignment.numel - start))
             self._report.totals.bytes_read += values.nbytes
             cast = values.to(assignment.out_dtype)
-            self._check_range(assignment, torch.isinf(cast) & torch.isfinite(values))
+            self._check_range(assignment, cast, values)
             self._write(assignment, cast, start)
         self._tell(assignment.name)
 
@@ -226,15 +226,19 @@ class _Run:
             )
         self._squares[unit.name][1] += norm**2
         merged = ops.finalize(base, update, scale, out_dtype=assignment.out_dtype)
-        self._check_range(assignment, torch.isinf(merged))
+        self._check_range(assignment, merged)
         self._spend(unit, time.perf_counter() - before)
         self._write(assignment, merged.mT if step.group.transposed else merged, unit.start)
 
-    def _check_range(self, assignment: Assignment, infinite: Tensor) -> None:
-        if assignment.out_dtype is torch.float16 and bool(infinite.any()):
+    def _check_range(self, assignment: Assignment, cast: Tensor, values: Tensor | None = None) -> None:
+        """InputError where float16 cannot hold what was finite: `values`, or without them everything."""
+        if cast.dtype is not torch.float16:
+            return
+        overflow = int((torch.isinf(cast) if values is None else torch.isinf(cast) & torch.isfinite(values)).sum())
+        if overflow:
             raise InputError(
-                f"{self._job.plan.settings.source}: out_dtype: {int(infinite.sum())} values of {assignment.name} "
-                "overflow float16; use bfloat16 or float32"
+                f"{self._job.plan.settings.source}: out_dtype: {overflow} values of {assignment.name} overflow "
+                "float16; use bfloat16 or float32"
             )
 
     def _spend(self, unit: Unit, seconds: float) -> None:

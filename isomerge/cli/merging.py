@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from isomerge.plan import Plan
 
 _Recipe = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
-
-
 _Memory = Annotated[str | None, typer.Option(help="Most memory to use, such as 8GB.", show_default=False)]
 _Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda or cuda:N.")]
 _GpuMemory = Annotated[
