@@ -1,12 +1,24 @@
 """Which tensors of a checkpoint are matrices of linear layers, known by the tensors' names and shapes alone.
 
-`FAMILIES` has one row per family; the first whose `recognise` accepts the shapes is taken, and the last accepts all.
+`FAMILIES` has one row per family; a model has the rules of every row that accepts its shapes, for its vision tower and
+its language model are of two families, and those of the last row where no other accepts them.
 A row adds to the rules that hold everywhere: what is called an embedding, an output head, a router or a norm
 is not a matrix, whatever its shape, unless the row's `linear` says so.
+
+Kernels of convolutions [out, in, *k] are matrices [out, in * prod(k)] where the recipe asks for it (`flatten_conv`), as
+far as names and shapes tell:
+- a `weight` of four or five dimensions is a kernel; one of three is where its name says `conv` or k is 1, for there are
+  stacks of linear layers of three as well;
+- a depthwise kernel [out, 1, *k] mixes no channels: it is averaged, and so is a first layer for images of one channel,
+  which looks the same. Other grouped kernels [out, in / groups, *k] look like any and are taken as they stand;
+- a transposed convolution is stored [in, out, *k] and maps an input to a patch of the output: [out * prod(k), in]. One
+  whose name does not tell is read the other way round, of which Iso-C and TSV-M notice nothing;
+- what is stored as direction and length (weight_v, weight_g) is averaged.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +33,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Kind:
     """What a tensor is to a merge.
 
-    matrix:       one matrix [m, n], or `slices` of them stacked in the first dimension; `transposed`: stored [in, out]
+    matrix:       one matrix [m, n], or `slices` of them stacked in the first dimension; `transposed`: stored [in, out];
+                  `kernel`: stored with more dimensions, the first is one side and all others together are the other
     elementwise:  averaged, whatever its shape
     keep:         not floating-point, or empty: the base's bytes
     """
@@ -29,6 +42,16 @@ class Kind:
     kind: Literal["matrix", "elementwise", "keep"]
     transposed: bool = False
     slices: int = 0
+    kernel: bool = False
+
+    def sides(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """m x n = out x in of each matrix of a tensor of this kind."""
+        rows, columns = (shape[0], math.prod(shape[1:])) if self.kernel else shape[-2:]
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def stacked(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this kind is a stack of matrices, be it of one alone."""
+        return self.kind == "matrix" and len(shape) == 3 and not self.kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +77,19 @@ _HEADS = re.compile(
     r"|vocab_projector|embed_out)(\.|$)|^cls\.|^output\.weight$"
 )
 _ROUTERS = re.compile(
-    r"(^|\.)((mlp|moe|block_sparse_moe|feed_forward|ffn|experts)\.gate|router|shared_expert_gate)(\.(wg|layer))?(\.weight)?$"
+    r"(^|\.)(((mlp|(\w+_)?moe|feed_forward|ffn|mixer|experts)\.gate|shared_expert_gate)(\.(wg|layer))?(\.weight)?$"
+    r"|(\w+_)?router(\.|$))"
 )
 _NORMS = re.compile(r"(^|[._])(norm|layernorm|layer_norm|rmsnorm|ln)\d*\.weight$", re.IGNORECASE)
 _LINEAR = re.compile(r"(^|[._])weight(_[ih]h_l\d+)?$")  # `weight`, `in_proj_weight`, `q_proj_weight`, an LSTM's
-_EXPERTS = re.compile(
-    r"(^|\.)experts\.(mlp\.)?(gate_up_proj|gate_proj|up_proj|down_proj|w[123]|wi(_[01])?|wo)(\.weight)?$"
+_STACKS = re.compile(
+    r"(^|\.)((shared_)?experts|(\w+_)?moe)\.(mlp\.)?(gate_up_proj|gate_proj|up_proj|down_proj|w([123]|13)|wi(_[01])?|wo"
+    r"|fc[123])([._]weight)?$|(^|\.)(in|out)put_linear\.weight$"
 )
+_UP = re.compile(r"(?<=\.)(gate_up_proj|fc1)(?=(\.weight)?$)")  # of the stacks, what `down_proj` or `fc2` comes after
+_KERNEL = re.compile(r"(^|\.)weight$")  # of a convolution
+_CONVOLUTION = re.compile(r"conv", re.IGNORECASE)
+_DECONVOLUTION = re.compile(r"deconv|conv_?t(r|ransposed?)?\d*([._]|$)|transposed?_?conv", re.IGNORECASE)
 
 
 def _has(*patterns: str) -> Callable[[Shapes], bool]:
@@ -73,6 +102,21 @@ def _has_conv1d(shapes: Shapes) -> bool:
     """GPT-2's Conv1D keeps weights as [in, out], so c_attn is [d, 3d]; the same names in BigCode models are [3d, d]."""
     packed = [s for name, s in shapes.items() if name.endswith("attn.c_attn.weight") and len(s) == 2]
     return bool(packed) and all(3 * s[0] == s[1] for s in packed)
+
+
+def _has_stacks_in_out(shapes: Shapes) -> bool:
+    """Stacks [experts, in, out]: gate and up projection, side by side, have twice the columns that `down` has rows.
+
+    Names do not tell: Qwen3-VL's files have in x out where transformers 5 has out x in in memory. Stacks of gates and
+    of up projections by themselves are taken as out x in.
+    """
+    for name, up in shapes.items():
+        if len(up) == 3 and _STACKS.search(name) and (found := _UP.search(name)):
+            partner = "down_proj" if found[0] == "gate_up_proj" else "fc2"
+            down = shapes.get(name[: found.start()] + partner + name[found.end() :], ())
+            if len(down) == 3 and up[2] == 2 * down[1]:
+                return True
+    return False
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -107,7 +151,8 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "gpt2",
         _has_conv1d,
-        transposed=r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$",
+        # open_clip's `resblocks`, maybe of the same model, have nn.Linear under these names
+        transposed=r"^(?!.*resblocks)(.*\.)?(c_attn|q_attn|c_proj|c_fc)\.weight$",
         tied=(("lm_head.weight", "wte.weight"), ("lm_head.weight", "tokens_embed.weight")),
     ),
     Family(
@@ -116,14 +161,14 @@ FAMILIES: tuple[Family, ...] = (
         tied=(("lm_head.weight", "shared.weight"),),
     ),
     Family(
-        "llama-moe-in-out",  # Llama 4 and gpt-oss keep the fused stacks of experts as [experts, in, out]
-        _has(r"feed_forward\.experts\.gate_up_proj$|mlp\.experts\.gate_up_proj_bias$"),
-        transposed=r"(^|\.)experts\.(gate_up_proj|down_proj)$",
-        tied=(("lm_head.weight", "embed_tokens.weight"),),
+        "moe-in-out",  # Llama 4, gpt-oss, Aria, Qwen3-VL: beside the row of the model that the stacks are in
+        _has_stacks_in_out,
+        transposed=r"(^|\.)experts\.(gate_up_proj|down_proj|fc[12])(\.weight)?$",
     ),
     Family(
         "llama",  # Llama, Qwen, Mistral, Gemma, Phi and others of this plan; Mixtral's and Qwen's experts too
         _has(r"(^|\.)embed_tokens\.weight$", r"self_attn\.(q_proj|qkv_proj|q_a_proj|q_b_proj)\.weight$"),
+        transposed=r"(^|\.)mm_input_projection_weight$",  # Gemma 3: `x @ weight`
         tied=(("lm_head.weight", "embed_tokens.weight"),),
     ),
     Family(
@@ -141,18 +186,33 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def recognise(shapes: Shapes) -> Family:
-    """The first row of FAMILIES that accepts the shapes."""
-    return next(family for family in FAMILIES if family.recognise(shapes))
+    """The rows of FAMILIES that accept the shapes, as one family; the last row where no other does."""
+    rows = [family for family in FAMILIES[:-1] if family.recognise(shapes)] or [FAMILIES[-1]]
+    if len(rows) == 1:
+        return rows[0]
+    return Family(
+        " + ".join(row.name for row in rows),
+        lambda shapes: all(row.recognise(shapes) for row in rows),
+        linear="|".join(row.linear for row in rows),
+        other="|".join(row.other for row in rows),
+        transposed="|".join(row.transposed for row in rows),
+        tied=tuple(dict.fromkeys(pair for row in rows for pair in row.tied)),
+    )
 
 
-def classify(name: str, shape: tuple[int, ...], dtype: torch.dtype, family: Family, scope: str) -> Kind:
+def classify(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, family: Family, scope: str, flatten_conv: bool = False
+) -> Kind:
     """What the tensor is under a scope.
 
     default: matrices are the 2-D weights of linear layers and each slice of a 3-D stack of experts.
     paper: every 2-D tensor whose name lacks `text_projection`, as it is stored.
+    flatten_conv adds, to either, the kernels of convolutions.
     """
     if not dtype.is_floating_point or 0 in shape:
         return Kind("keep")
+    if flatten_conv and is_kernel(name, shape) and shape[1] > 1 and not _excluded(name, family, _HEADS, _ROUTERS):
+        return as_matrix(name, shape, family)
     if scope == "paper":
         matrix = len(shape) == 2 and "text_projection" not in name
         return Kind("matrix", slices=1) if matrix else Kind("elementwise")
@@ -162,25 +222,33 @@ def classify(name: str, shape: tuple[int, ...], dtype: torch.dtype, family: Fami
 def is_linear(name: str, shape: tuple[int, ...], family: Family) -> bool:
     """Whether a tensor holds the weights of one linear layer, or a stack of them in three dimensions."""
     if len(shape) == 3:
-        return _EXPERTS.search(name) is not None
+        return _STACKS.search(name) is not None
     if len(shape) != 2:
         return False
     if re.search(family.linear, name):
         return True
-    excluded = (_EMBEDDINGS, _HEADS, _ROUTERS, _NORMS)
-    return (
-        _LINEAR.search(name) is not None
-        and re.search(family.other, name) is None
-        and not any(pattern.search(name) for pattern in excluded)
-    )
+    return _LINEAR.search(name) is not None and not _excluded(name, family, _EMBEDDINGS, _HEADS, _ROUTERS, _NORMS)
+
+
+def is_kernel(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is the kernel of a convolution over one, two or three dimensions, depthwise ones included."""
+    if len(shape) == 3 and (_STACKS.search(name) or not (_CONVOLUTION.search(name) or shape[2] == 1)):
+        return False
+    return 3 <= len(shape) <= 5 and _KERNEL.search(name) is not None and _NORMS.search(name) is None
 
 
 def as_matrix(name: str, shape: tuple[int, ...], family: Family) -> Kind:
-    """The tensor as one matrix (2-D) or a stack of them (3-D), in the orientation of its family."""
-    if len(shape) not in (2, 3):
-        return Kind("elementwise")
-    transposed = re.search(family.transposed, name) is not None
-    return Kind("matrix", transposed, shape[0] if len(shape) == 3 else 1)
+    """The tensor as one matrix, or a stack of them, in the orientation of its family; elementwise if it cannot be."""
+    if len(shape) == 2 or (len(shape) == 3 and _STACKS.search(name)):
+        transposed = re.search(family.transposed, name) is not None
+        return Kind("matrix", transposed, shape[0] if len(shape) == 3 else 1)
+    if is_kernel(name, shape):
+        return Kind("matrix", _DECONVOLUTION.search(name) is not None, 1, kernel=True)
+    return Kind("elementwise")
+
+
+def _excluded(name: str, family: Family, *patterns: re.Pattern[str]) -> bool:
+    return re.search(family.other, name) is not None or any(pattern.search(name) for pattern in patterns)
 
 
 def tied_embedding(name: str, family: Family) -> tuple[str, ...]:

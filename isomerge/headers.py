@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from isomerge.checkpoint import Checkpoint, TensorInfo
 
 MERGEABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_QUANTISED = re.compile(r"(weight|_packed|_blocks)$")  # names of weights among the tensors of whole numbers
+_OF_EXPERTS = re.compile(r"(.*?)(\w+\.)?experts\.")  # the block that a mixture of experts is in
+_PREFIX_PARTS = 3  # of a name, in which models of another class or another version of transformers differ
 
 
 @dataclass(slots=True)
@@ -46,6 +50,8 @@ def match(base: Checkpoint, experts: Sequence[Checkpoint], merged: Iterable[str]
         sources.names[name] = tuple(column[row] for column in columns)
         for expert, source in zip(experts, sources.names[name], strict=True):
             _compare(base, base.tensors[name], expert, expert.tensors[source])
+    for expert, column in zip(experts, columns, strict=True):
+        _note_rounding(base, expert, dict(zip(wanted, column, strict=True)), sources.warnings)
     return sources
 
 
@@ -102,10 +108,26 @@ def _refuse_untied(base: Checkpoint, expert: Checkpoint, family: Family) -> None
 
 def _note_extra(base: Checkpoint, expert: Checkpoint, warnings: list[str]) -> None:
     known = {*base.tensors, *base.aliases}
+    known |= {expert.aliases[name] for name in known & expert.aliases.keys()}
+    known |= {alias for alias, name in expert.aliases.items() if name in known}
     extra = [name for name in (*expert.tensors, *expert.aliases) if name not in known]
     if extra:
         warnings.append(
             f"{expert.label}: {len(extra)} tensors that the base does not have are left out: {_some(extra)}"
+        )
+
+
+def _note_rounding(base: Checkpoint, expert: Checkpoint, sources: Mapping[str, str], warnings: list[str]) -> None:
+    """Weights that were saved in fewer bits than the base's differ from it even where no training has touched them."""
+    coarse: dict[tuple[str, str], list[str]] = {}
+    for name, source in sources.items():
+        own, theirs = expert.tensors[source].dtype, base.tensors[name].dtype
+        if torch.finfo(own).eps > torch.finfo(theirs).eps:
+            coarse.setdefault((_dtype(own), _dtype(theirs)), []).append(name)
+    for (own_name, base_name), names in coarse.items():
+        warnings.append(
+            f"{expert.label}: {len(names)} tensors are {own_name} where the base has {base_name}: their rounding is "
+            f"part of the updates: {_some(names)}"
         )
 
 
@@ -151,7 +173,7 @@ def check_buffers(base: Checkpoint, experts: Sequence[Checkpoint], names: Iterab
                 f"{floating.label}: {name}: {_dtype(floating.tensors[name].dtype)} where the base {base.label} has "
                 f"{stored}; give the base in the experts' format"
             )
-        if name.endswith("weight"):
+        if _QUANTISED.search(name):
             raise InputError(
                 f"{base.label}: {name}: integers of type {stored}; quantised weights cannot be merged: give the "
                 "checkpoint in float32, bfloat16 or float16"
@@ -160,25 +182,52 @@ def check_buffers(base: Checkpoint, experts: Sequence[Checkpoint], names: Iterab
 
 def _missing_message(base: Checkpoint, expert: Checkpoint, missing: Sequence[str]) -> str:
     first = missing[0]
-    close = [n for n in expert.tensors if n.endswith("." + first) or first.endswith("." + n)]
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    what = f"{expert.label}: {first} is missing{more}, the base {base.label} has it"
+    extra = [name for name in expert.tensors if name not in base.tensors]
+    blocks = {found[1] for name in missing if (found := _OF_EXPERTS.match(name))}
+    other = next((name for name in extra if (found := _OF_EXPERTS.match(name)) and found[1] in blocks), None)
+    if other is not None:
+        return f"{what}; the experts of its layers are stored as {other}; save both models in one layout"
+    close = [n for n in extra if n.endswith("." + first) or first.endswith("." + n)]
+    endings = {ending for name in extra for ending in _endings(name)}
+    if all(any(ending in endings for ending in _endings(name)) for name in missing):
+        close = close or [n for n in extra if set(_endings(n)) & set(_endings(first))]
+        return (
+            f"{what}; the closest name there is {close[0]}: names differ in their prefixes; save both models from one "
+            "class, with one version of transformers"
+        )
     close = close or difflib.get_close_matches(first, list(expert.tensors), 1, 0.85)
     hint = f"; the closest name there is {close[0]}" if close else ""
-    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
     return (
-        f"{expert.label}: {first} is missing{more}, the base {base.label} has it{hint}; merge models of one "
-        f'architecture, or keep the base\'s with a rule {{filter: "{first}", keep_base: true}}'
+        f"{what}{hint}; merge models of one architecture, or keep the base's with a rule "
+        f'{{filter: "{first}", keep_base: true}}'
     )
 
 
+def _endings(name: str) -> list[str]:
+    """A name without none, one, ... of its first parts; numbers and the last two parts stay. The longest first."""
+    parts = name.split(".")
+    most = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 2)
+    return [".".join(parts[first:]) for first in range(min(max(most, 0), _PREFIX_PARTS) + 1)]
+
+
 def _ties_embeddings(checkpoint: Checkpoint) -> bool | None:
-    """What config.json says, True when it says nothing (as transformers takes it); None without a config.json."""
+    """What config.json says, True when it says nothing (as transformers takes it); None without a config.json.
+
+    Versions of transformers differ in whether the whole model's key counts or that of its text part: one is enough.
+    """
     for path in checkpoint.side_files:
         if path.name == "config.json" and path.parent == checkpoint.path:
             try:
                 config = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 return None
-            return bool(config.get("tie_word_embeddings", True)) if isinstance(config, dict) else None
+            if not isinstance(config, dict):
+                return None
+            parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+            said = [bool(part["tie_word_embeddings"]) for part in parts if "tie_word_embeddings" in part]
+            return any(said) or not said
     return None
 
 

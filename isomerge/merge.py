@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -19,9 +18,19 @@ from isomerge.errors import InputError
 from isomerge.moments import Moments, check_fingerprints
 from isomerge.place import Place, open_place
 from isomerge.plan import Plan, build_plan, check_settings, needs_statistics
-from isomerge.report import Report, new_report
+from isomerge.report import Report, new_report, of_output
 from isomerge.run import Job, Progress, run
-from isomerge.settings import OUTPUT_DTYPES, SCOPES, Model, Rule, Settings, finite_number, rule_from, split_alpha
+from isomerge.settings import (
+    OUTPUT_DTYPES,
+    SCOPES,
+    Model,
+    Rule,
+    Settings,
+    finite_number,
+    one_alpha,
+    rule_from,
+    split_alpha,
+)
 from isomerge.spool import Spool
 from isomerge.statistics import open_statistics
 
@@ -40,6 +49,7 @@ def merge(
     device: str = "cpu",
     max_gpu_memory: int | None = None,
     allow_nonfinite: bool = False,
+    restart: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
     """Merges the checkpoints of a recipe into the folder `out` and returns what happened.
@@ -49,7 +59,9 @@ def merge(
     `max_memory` bounds the process's memory, in bytes. On a `device` such as "cuda" groups are computed there, within
     `max_gpu_memory`, by default nine tenths of what is free. No result depends on the bounds.
     With `allow_nonfinite`, NaN and Inf entries of experts count as a delta of zero. InputError, with nothing written,
-    for any mistake in the inputs; the folder appears whole at the end, or not at all.
+    for any mistake in the inputs; the folder appears whole at the end, or not at all. Where the process was killed, or
+    the disk was full, the same call goes on from what is done, to the same bytes; with `restart` from the beginning. A
+    recipe with several alphas gives a folder for each in `out`, `alpha-0.8` for 0.8, from one pass over the models.
     """
     out = Path(out)
     bounds = {"group_bytes": group_bytes, "max_memory": max_memory, "max_gpu_memory": max_gpu_memory}
@@ -64,12 +76,21 @@ def merge(
         report = new_report(
             job.plan, job.base, job.experts, __version__, statistics=job.statistics, device=str(job.place.device)
         )
-        metadata = {**job.base.metadata, "isomerge_version": __version__}
-        with Writer(out, _specs(job.plan), shard_bytes=shard_bytes, metadata=metadata, overwrite=overwrite) as writer:
-            # Beside the output, where the disk was found to have room.
-            with Spool(Path(os.path.realpath(out)).parent) as spool:
+        with Writer(
+            out,
+            _specs(job.plan),
+            outputs=settings.outputs,
+            shard_bytes=shard_bytes,
+            metadata={**job.base.metadata, "isomerge_version": __version__},
+            overwrite=overwrite,
+            identity={**output.identity(report, job.base, job.experts), "shard_bytes": shard_bytes},
+            restart=restart,
+        ) as writer:
+            with Spool(writer.scratch("updates.part")) as spool:
                 run(job, writer, spool, report, allow_nonfinite, progress)
-            output.add_side_files(writer, job.base, job.plan, report, dump_recipe(settings))
+            for index in range(len(settings.outputs)):
+                plan, record = of_output(job.plan, report, index)
+                output.add_side_files(writer, job.base, plan, record, dump_recipe(plan.settings), index)
             writer.commit()
     return report
 
@@ -82,6 +103,7 @@ def merge_state_dicts(
     weights: Sequence[float] | None = None,
     statistics: Sequence[str | Path | Mapping[str, Tensor]] | None = None,
     scope: str = "default",
+    flatten_conv: bool = False,
     rules: Sequence[Rule | Mapping[str, object]] = (),
     out_dtype: torch.dtype | None = None,
     seed: int = 0,
@@ -100,6 +122,8 @@ def merge_state_dicts(
         raise InputError(f"{where}: experts: none are given; give at least one state dict")
     if scope not in SCOPES:
         raise InputError(f"{where}: scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
+    if not isinstance(flatten_conv, bool):
+        raise InputError(f"{where}: flatten_conv: expected True or False, got {flatten_conv!r}")
     if out_dtype is not None and out_dtype not in OUTPUT_DTYPES.values():
         raise InputError(f"{where}: out_dtype: expected one of {', '.join(OUTPUT_DTYPES)}, got {out_dtype}")
     given = [1.0] * len(experts) if weights is None else list(weights)
@@ -107,6 +131,7 @@ def merge_state_dicts(
         raise InputError(f"{where}: weights: {len(given)} for {len(experts)} experts; give one per expert")
     sources = _statistics_given(statistics, len(experts), where)
     alpha, own = split_alpha(parameters, f"{where}: parameters")
+    alpha = one_alpha(alpha, f"{where}: parameters")
     settings = Settings(
         method=method,
         base=Model("base"),
@@ -117,6 +142,7 @@ def merge_state_dicts(
         parameters=own,
         alpha=1.0 if alpha is None else alpha,
         scope=scope,
+        flatten_conv=flatten_conv,
         rules=tuple(rule_from(rule, f"{where}: rules[{i}]") for i, rule in enumerate(rules)),
         out_dtype=out_dtype,
         seed=seed,

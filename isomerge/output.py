@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from isomerge.checkpoint import disk_bytes, hidden_folder
 from isomerge.errors import InputError
 from isomerge.report import Report, model_card
 from isomerge.settings import dtype_name
@@ -26,7 +27,7 @@ _RECIPE_HEAD = (
 class FileSink(Protocol):
     """What takes the side files: the checkpoint writers."""
 
-    def add_file(self, relative: str, content: bytes | Path) -> None: ...
+    def add_file(self, relative: str, content: bytes | Path, output: int = 0) -> None: ...
 
 
 def check_output(out: Path, needed: int, inputs: Iterable[Path], *, overwrite: bool = False) -> None:
@@ -40,29 +41,47 @@ def check_output(out: Path, needed: int, inputs: Iterable[Path], *, overwrite: b
     if out.exists() or out.is_symlink():
         if not overwrite:
             raise InputError(f"{out}: exists already; choose another folder, or replace it with --force")
-        if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not (out / REPORT).is_file()):
+        if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not reports(out)):
             raise InputError(f"{out}: is not the output of a merge (no {REPORT} in it); remove it yourself")
     parent = next(folder for folder in (out.absolute().parent, *out.absolute().parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{out}: cannot be made: {parent} is not a folder that you may write to")
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free + disk_bytes(hidden_folder(out))
     if free < needed:
         raise InputError(f"{out}: needs {gigabytes(needed)}, {gigabytes(free)} are free there; choose another disk")
 
 
-def add_side_files(sink: FileSink, base: Checkpoint, plan: Plan, report: Report, recipe: str) -> None:
+def reports(out: Path) -> list[Path]:
+    """The reports in the output of a merge: one, or one in the folder of each alpha."""
+    return [path for path in (out / REPORT, *sorted(out.glob(f"alpha-*/{REPORT}"))) if path.is_file()]
+
+
+def identity(report: Report, base: Checkpoint, experts: Sequence[Checkpoint]) -> dict[str, object]:
+    """What has to be the same for a process to go on with a merge that another has begun: all that bytes depend on."""
+    return {
+        "recipe": report.settings,
+        "base": {**report.base, "modified": base.modified},
+        "experts": [
+            {**entry, "modified": expert.modified} for entry, expert in zip(report.experts, experts, strict=True)
+        ],
+        "versions": {name: report.versions[name] for name in ("isomerge", "torch")},
+        "device": report.machine["device"],
+    }
+
+
+def add_side_files(sink: FileSink, base: Checkpoint, plan: Plan, report: Report, recipe: str, index: int = 0) -> None:
     """The base's side files (config.json with the new dtype), the recipe, the report and the model card."""
     library = "isomerge"
     for path in base.side_files:
         relative = path.relative_to(base.path).as_posix()
         if relative == "config.json":
             library = "transformers"
-            sink.add_file(relative, _config(path, plan))
+            sink.add_file(relative, _config(path, plan), index)
         else:
-            sink.add_file(relative, path)
-    sink.add_file(RECIPE, (_RECIPE_HEAD + recipe).encode())
-    sink.add_file(CARD, model_card(plan, report, library).encode())
-    sink.add_file(REPORT, report.to_json().encode())
+            sink.add_file(relative, path, index)
+    sink.add_file(RECIPE, (_RECIPE_HEAD + recipe).encode(), index)
+    sink.add_file(CARD, model_card(plan, report, library).encode(), index)
+    sink.add_file(REPORT, report.to_json().encode(), index)
 
 
 def _config(path: Path, plan: Plan) -> bytes | Path:
@@ -72,7 +91,7 @@ def _config(path: Path, plan: Plan) -> bytes | Path:
         return path
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return path
     if not isinstance(config, dict):
         return path

@@ -38,14 +38,18 @@ class Behind:
     def __init__(self, depth: int) -> None:
         self._depth = depth
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="isomerge-write")
-        self._waiting: deque[Future[None]] = deque()
+        self._waiting: deque[tuple[Future[None], int]] = deque()  # and how much of the depth each one takes
         self._failed = False
 
     def put(self, call: Callable[[], None]) -> None:
         """Hands over a call; waits while `depth` others are not done."""
-        while len(self._waiting) >= self._depth:
+        while sum(size for _, size in self._waiting) >= self._depth:
             self._next()
-        self._waiting.append(self._pool.submit(self._run, call))
+        self._waiting.append((self._pool.submit(self._run, call), 1))
+
+    def follow(self, call: Callable[[], None]) -> None:
+        """Hands over a call that holds no memory to speak of: it is run in its turn, and nobody waits for room."""
+        self._waiting.append((self._pool.submit(self._run, call), 0))
 
     def close(self) -> None:
         """Waits until every call is done."""
@@ -62,7 +66,7 @@ class Behind:
             raise
 
     def _next(self) -> None:
-        self._waiting.popleft().result()
+        self._waiting.popleft()[0].result()
 
     def __enter__(self) -> Behind:
         return self

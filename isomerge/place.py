@@ -25,6 +25,10 @@ class Place:
         """Bytes that are free on the device; None where it uses the process's own memory."""
         return None
 
+    def peak(self) -> int | None:
+        """The most bytes of the device that tensors have taken at a time so far; None as for `memory`."""
+        return None
+
     @contextmanager
     def reading(self) -> Iterator[None]:
         """In here the reading thread uploads, and computes on what it has uploaded."""
@@ -50,9 +54,13 @@ class Gpu(Place):
         self.device = device
         self._uploads = torch.cuda.Stream(device)
         self._downloads = torch.cuda.Stream(device)
+        torch.cuda.reset_peak_memory_stats(device)
 
     def memory(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0]
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
 
     @contextmanager
     def reading(self) -> Iterator[None]:

@@ -56,8 +56,7 @@ class Assignment:
     @property
     def matrix(self) -> tuple[int, int]:
         """m x n = out x in of each of its matrices."""
-        rows, columns = self.shape[-2:]
-        return (columns, rows) if self.kind.transposed else (rows, columns)
+        return self.kind.sides(self.shape)
 
     @property
     def numel(self) -> int:
@@ -65,6 +64,7 @@ class Assignment:
 
     @property
     def bytes_written(self) -> int:
+        """In each output of the merge."""
         return self.numel * self.out_dtype.itemsize * (1 + len(self.aliases))
 
 
@@ -95,7 +95,7 @@ class Plan:
 
     @cached_property
     def bytes_written(self) -> int:
-        return sum(a.bytes_written for a in self.assignments)
+        return len(self.settings.outputs) * sum(a.bytes_written for a in self.assignments)
 
     @cached_property
     def spool_bytes(self) -> int:
@@ -138,7 +138,7 @@ class Plan:
                 matrices=sum(shapes.values()),
                 flops=sum(METHODS[name].flops(s.group.m, s.group.n, experts) * len(s.group.units) for s in steps),
                 bytes_read=sum(self._bytes_read[a.name] for a in mine),
-                bytes_written=sum(a.bytes_written for a in mine),
+                bytes_written=len(self.settings.outputs) * sum(a.bytes_written for a in mine),
                 shapes=shapes,
             )
         return totals
@@ -238,14 +238,14 @@ class _Calls:
     def __init__(self, settings: Settings) -> None:
         where = settings.source
         self._matrix: dict[int | None, Call] = {
-            None: _call(settings.method, settings.parameters, settings.alpha, where)
+            None: _call(settings.method, settings.parameters, settings.alphas, where)
         }
         for index, rule in enumerate(settings.rules):
             method = rule.merge_method or settings.method
             # The recipe's parameters belong to the recipe's method; another method starts from its own defaults.
             inherited = settings.parameters if method == settings.method else {}
-            alpha = settings.alpha if rule.alpha is None else rule.alpha
-            self._matrix[index] = _call(method, {**inherited, **rule.parameters}, alpha, f"{where}: rules[{index}]")
+            alphas = settings.alphas if rule.alpha is None else (rule.alpha,) * len(settings.alphas)
+            self._matrix[index] = _call(method, {**inherited, **rule.parameters}, alphas, f"{where}: rules[{index}]")
         _check_statistics(settings)
 
     def __call__(self, rule: int | None, kind: str) -> Call:
@@ -253,19 +253,19 @@ class _Calls:
         call = self._matrix[rule]
         if kind == "matrix" or METHODS[call.method].elementwise:
             return call
-        return Call("average", check_parameters("average", {}), call.alpha)
+        return Call("average", check_parameters("average", {}), call.alphas)
 
 
-def _call(method: str, parameters: Mapping[str, object], alpha: float, where: str) -> Call:
+def _call(method: str, parameters: Mapping[str, object], alphas: tuple[float, ...], where: str) -> Call:
     try:
-        return Call(method, check_parameters(method, parameters), alpha)
+        return Call(method, check_parameters(method, parameters), alphas)
     except InputError as error:
         raise InputError(f"{where}{'.' if where.endswith(']') else ': '}{error}") from None
 
 
 def _assign(info: TensorInfo, base: Checkpoint, family: Family, settings: Settings, calls: _Calls) -> Assignment:
     rule = settings.rule_for(info.name)
-    kind = families.classify(info.name, info.shape, info.dtype, family, settings.scope)
+    kind = families.classify(info.name, info.shape, info.dtype, family, settings.scope, settings.flatten_conv)
     call: Call | None = None
     if rule is not None and settings.rules[rule].keep_base:
         kind = Kind("keep")
@@ -273,8 +273,8 @@ def _assign(info: TensorInfo, base: Checkpoint, family: Family, settings: Settin
         method = METHODS[calls(rule, "matrix").method]
         if method.elementwise:
             kind = Kind("elementwise")
-        elif rule is not None and settings.rules[rule].merge_method is not None and len(info.shape) == 2:
-            kind = families.as_matrix(info.name, info.shape, family)  # asked for by name: embeddings and heads too
+        elif rule is not None and settings.rules[rule].merge_method is not None:
+            kind = families.as_matrix(info.name, info.shape, family)  # asked for by name: heads, embeddings, kernels
         call = calls(rule, kind.kind)
     floating = info.dtype.is_floating_point
     return Assignment(
@@ -314,7 +314,7 @@ def _with_moments(
         else:
             lacking.append(a.name)
             own = {name: value for name, value in a.call.parameters.items() if name == LAYER_EXPONENT}
-            call = Call(FALLBACK, {**check_parameters(FALLBACK, {}), **own}, a.call.alpha)
+            call = Call(FALLBACK, {**check_parameters(FALLBACK, {}), **own}, a.call.alphas)
             result.append(replace(a, call=call))
     if lacking:
         found.warnings.append(
@@ -344,25 +344,31 @@ def _steps(
 ) -> list[Step]:
     """Equal-shaped units with the same call, gathered in the order of the base file and cut to the memory bound.
 
-    Steps of one layer type follow one another, so that only one type's updates wait at a time.
+    Steps are in the order of their first units in the file, so that reading goes forward, and those of one layer type
+    follow one another, so that only one type's updates wait at a time.
     """
+    order: dict[str, int] = {}
     gathered: dict[str | None, dict[tuple[object, ...], tuple[Step, list[Unit]]]] = {}
     for a in assignments:
         if a.call is None:
             continue
         dtype, experts = dtypes[a.name], len(sources[a.name])
+        order[a.name] = len(order)
         for m, n, unit in _units(a, sources[a.name], experts):
             parameters = tuple(sorted(a.call.parameters.items()))
-            key = (m, n, dtype, a.kind, a.moment_size, a.call.method, a.call.alpha, parameters)
+            key = (m, n, dtype, a.kind, a.moment_size, a.call.method, a.call.alphas, parameters)
             group = Group(m, n, a.kind.transposed, dtype, (), a.moment_size)
             empty = Step(group, a.call, a.kind.kind, a.layer_type)
             gathered.setdefault(a.layer_type, {}).setdefault(key, (empty, []))[1].append(unit)
-    return [
-        replace(step, group=replace(step.group, units=run))
-        for alike in gathered.values()
-        for step, units in alike.values()
-        for run in cut(units, bound.length(step, len(units[0].sources)))
-    ]
+    steps = []
+    for alike in gathered.values():
+        runs = [
+            replace(step, group=replace(step.group, units=run))
+            for step, units in alike.values()
+            for run in cut(units, bound.length(step, len(units[0].sources)))
+        ]
+        steps += sorted(runs, key=lambda step: (order[step.group.units[0].name], step.group.units[0].start))
+    return steps
 
 
 def _dtypes(
@@ -384,7 +390,7 @@ def _units(a: Assignment, sources: tuple[str, ...], experts: int) -> Iterable[tu
     assert a.call is not None
     if a.kind.kind == "matrix":
         m, n = a.matrix
-        if len(a.shape) == 2:
+        if not a.kind.stacked(a.shape):
             return [(m, n, Unit(a.name, sources, 0, m * n, True))]
         return [(m, n, Unit(a.name, sources, i * m * n, m * n, False, i)) for i in range(a.kind.slices)]
     if METHODS[a.call.method].chunkable:

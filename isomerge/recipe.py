@@ -8,12 +8,16 @@
         statistics: path/to/expert.stats.safetensors   # for methods that need them
     parameters: {alpha: 1.2, common_space_fraction: 0.8}
     scope: default                               # or paper
+    flatten_conv: false                          # true: kernels of convolutions are matrices, not averaged
     rules:                                       # the first rule whose filter matches a tensor's name wins
       - {filter: "*.mlp.*", parameters: {common_space_fraction: 0.9}}
       - {filter: "lm_head.*", keep_base: true}
     dtype: float32                               # of the arithmetic
     out_dtype: bfloat16                          # default: each tensor's own in the base
     seed: 0
+
+A rule's own `merge_method` takes every 2-D tensor and every kernel that it matches: output heads, embeddings and
+depthwise kernels too. Which tensors are kernels, and what matrix one is, `isomerge.families` says.
 
 Anything that is not understood is an `InputError` of one line that starts with the file's name and the key.
 Whether the method knows its parameters is checked by `isomerge.plan`, beside the methods.
@@ -27,9 +31,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from isomerge.errors import InputError
+from isomerge.recipe_text import one_line, read_yaml
 from isomerge.settings import (
     ARITHMETIC_DTYPES,
     OUTPUT_DTYPES,
@@ -79,6 +84,7 @@ class _Recipe(_Strict):
     models: list[_Model]
     parameters: dict[StrictStr, object] = Field(default_factory=dict)
     scope: Literal["default", "paper"] = "default"
+    flatten_conv: StrictBool = False
     rules: list[_Rule] = Field(default_factory=list)
     dtype: Literal["float32", "float64"] = "float32"
     out_dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
@@ -88,17 +94,7 @@ class _Recipe(_Strict):
 def load_recipe(path: str | Path) -> Settings:
     """The recipe in the YAML file `path`; relative model paths start at the file's folder."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a recipe: {_one_line(error)}") from None
-    try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path.name}: {_yaml_message(error)}") from None
-    return parse_recipe(data, path.parent, source=path.name)
+    return parse_recipe(read_yaml(path), path.parent, source=path.name)
 
 
 def parse_recipe(data: object, folder: Path, *, source: str = "recipe") -> Settings:
@@ -119,6 +115,7 @@ def parse_recipe(data: object, folder: Path, *, source: str = "recipe") -> Setti
         parameters=parameters,
         alpha=1.0 if alpha is None else alpha,
         scope=recipe.scope,
+        flatten_conv=recipe.flatten_conv,
         rules=tuple(
             rule_from(entry.model_dump(exclude_none=True), f"{source}: rules[{index}]")
             for index, entry in enumerate(recipe.rules)
@@ -148,28 +145,13 @@ def _model(entry: _Model, folder: Path, where: str) -> Model:
 
 
 def _locate(name: str, folder: Path) -> Path:
-    return folder / Path(name).expanduser()
+    try:
+        return folder / Path(name).expanduser()
+    except RuntimeError:  # ~somebody, who has no home here: a file of that name, then
+        return folder / name
 
 
 # Messages -------------------------------------------------------------------------------------------------------
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice in one mapping, which YAML itself forbids and PyYAML lets pass."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"the key `{key.value}` twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-def _yaml_message(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-    return f"{place}not valid YAML: {getattr(error, 'problem', None) or _one_line(error)}"
 
 
 def _validation_message(error: ValidationError) -> str:
@@ -200,12 +182,12 @@ def _unknown_key(key: str, parents: Sequence[int | str]) -> str:
     elif parents and parents[0] == "rules":
         schema = _Rule
     known = list(schema.model_fields)
-    close = difflib.get_close_matches(key, known, 1)
+    close = difflib.get_close_matches(key[:60], known, 1)
     return f"{where}: unknown key" + (f"; did you mean `{close[0]}`?" if close else f"; known are {', '.join(known)}")
 
 
 def _key(location: Sequence[int | str]) -> str:
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location if part != "[key]")
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:60]}" for part in location if part != "[key]")
     return text.lstrip(".") or "recipe"
 
 
@@ -214,8 +196,4 @@ def _describe(value: object) -> str:
         return "nothing"
     if isinstance(value, Mapping):
         return "a mapping"
-    return "a list" if isinstance(value, (list, tuple)) else _one_line(repr(value))[:80]
-
-
-def _one_line(value: object) -> str:
-    return " ".join(str(value).split())
+    return "a list" if isinstance(value, (list, tuple)) else one_line(repr(value))[:80]

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,10 +34,17 @@ class TensorRecord:
     method: str | None
     matrices: int = 0
     delta_sum_norm: float | None = None  # of the sum of the experts' deltas
-    update_norm: float | None = None  # of alpha * layer factor * update, what was added to the base
+    update_norm: float | None = None  # of layer factor * update; alpha times that was added to the base
+    alpha: float | tuple[float, ...] | None = None  # one for each output of the merge
     layer_factor: float | None = None  # by its norm among the layers of its type; None where there is none
     seconds: float = 0.0
     nonfinite: dict[str, int] = field(default_factory=dict)  # expert -> entries left out of the merge
+    dtype: str = ""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no expert has changed it, or what they have changed cancels: the output has the base's values."""
+        return self.delta_sum_norm == 0 and self.update_norm == 0
 
 
 @dataclass(slots=True)
@@ -52,9 +59,13 @@ class Totals:
     bytes_written: int = 0
     tensors: int = 0
     matrices: int = 0
+    frozen: int = 0  # tensors to be merged that no expert had changed: the output has the base's
+    restored: int = 0  # units that an earlier process had done; their bytes and computing times are counted here
     flops: float = 0.0
     planned_peak_bytes: int = 0
     peak_bytes: int | None = None  # of the whole process so far; None where the system does not tell
+    planned_gpu_bytes: int | None = None
+    gpu_peak_bytes: int | None = None  # of what tensors took on the GPU; None without one
 
 
 @dataclass(slots=True)
@@ -103,7 +114,15 @@ def new_report(
         family=plan.family.name,
         settings=as_recipe(settings),
         tensors=[
-            TensorRecord(a.name, a.shape, a.kind.kind, a.call.method if a.call else None, a.kind.slices)
+            TensorRecord(
+                a.name,
+                a.shape,
+                a.kind.kind,
+                a.call.method if a.call else None,
+                a.kind.slices,
+                dtype=dtype_name(a.out_dtype),
+                alpha=_alpha(a.call.alphas) if a.call else None,
+            )
             for a in plan.assignments
         ],
         totals=Totals(
@@ -111,9 +130,29 @@ def new_report(
             matrices=plan.matrices,
             flops=plan.flops,
             planned_peak_bytes=plan.peak_bytes,
+            planned_gpu_bytes=plan.gpu_bytes if plan.on_gpu else None,
         ),
         warnings=list(plan.warnings),
     )
+
+
+def _alpha(alphas: tuple[float, ...]) -> float | tuple[float, ...]:
+    return alphas[0] if len(alphas) == 1 else alphas
+
+
+def of_output(plan: Plan, report: Report, index: int) -> tuple[Plan, Report]:
+    """The plan and the report of one output of a merge that has one for each alpha."""
+    settings = replace(plan.settings, alpha=plan.settings.alphas[index])
+    assignments = [
+        a if a.call is None else replace(a, call=replace(a.call, alphas=(a.call.alphas[index],)))
+        for a in plan.assignments
+    ]
+    tensors = [
+        record if not isinstance(record.alpha, tuple) else replace(record, alpha=record.alpha[index])
+        for record in report.tensors
+    ]
+    narrowed = replace(plan, settings=settings, assignments=tuple(assignments))
+    return narrowed, replace(report, settings=as_recipe(settings), tensors=tensors)
 
 
 def _statistics(model: Model, found: Moments | None) -> dict[str, object]:
@@ -151,7 +190,7 @@ def model_card(plan: Plan, report: Report, library: str) -> str:
     lines += [f"library_name: {library}", "tags:", "- merge", "- isomerge", "---", "", "# Merged model", ""]
     lines += [
         f"{len(settings.models)} fine-tuned models merged into their base `{settings.base.name}` with {method.title} "
-        f"(`{method.name}`, {method.paper}), alpha {settings.alpha:g}, by isomerge {report.versions['isomerge']}.",
+        f"(`{method.name}`, {method.paper}), alpha {settings.alphas[0]:g}, by isomerge {report.versions['isomerge']}.",
         "",
         "| expert | weight |",
         "|---|---|",
@@ -161,12 +200,18 @@ def model_card(plan: Plan, report: Report, library: str) -> str:
         "|---|---|---|---|---|",
         *_method_rows(plan),
         "",
+        *_frozen_lines(report),
         "`isomerge_recipe.yaml` is the recipe and `isomerge_report.json` the record of every tensor.",
     ]
     papers = {METHODS[name].paper for name in plan.by_method if name in METHODS and METHODS[name].paper}
     lines += ["", "## References", "", *(f"- {paper}" for paper in sorted(papers))] if papers else []
     lines += ["", "## Warnings", "", *(f"- {warning}" for warning in report.warnings)] if report.warnings else []
     return "\n".join(lines) + "\n"
+
+
+def _frozen_lines(report: Report) -> list[str]:
+    count = report.totals.frozen
+    return [f"{count} of these tensors are equal in all models and stand as in the base.", ""] if count else []
 
 
 def _method_rows(plan: Plan) -> list[str]:
@@ -177,7 +222,7 @@ def _method_rows(plan: Plan) -> list[str]:
             key = ("kept from the base", "", "")
         else:
             parameters = ", ".join(f"{name}={value}" for name, value in a.call.parameters.items())
-            key = (a.call.method, parameters, f"{a.call.alpha:g}")
+            key = (a.call.method, parameters, f"{a.call.alphas[0]:g}")
         count = rows.setdefault(key, [0, 0])
         count[0] += 1
         count[1] += a.kind.slices
@@ -187,8 +232,8 @@ def _method_rows(plan: Plan) -> list[str]:
     ]
 
 
-def plan_data(plan: Plan, tensors: bool) -> dict[str, object]:
-    """The plan as plain data, with one entry per tensor when `tensors`."""
+def plan_data(plan: Plan, tensors: bool, time: Mapping[str, object] | None = None) -> dict[str, object]:
+    """The plan as plain data, with one entry per tensor when `tensors`; `time` is an estimate's, if there is one."""
     data: dict[str, object] = {
         "settings": as_recipe(plan.settings),
         "family": plan.family.name,
@@ -212,6 +257,7 @@ def plan_data(plan: Plan, tensors: bool) -> dict[str, object]:
         "gpu_bytes": plan.gpu_bytes,
         "spool_bytes": plan.spool_bytes,
         "disk_bytes": plan.disk_bytes,
+        "time": None if time is None else dict(time),
         "warnings": list(plan.warnings),
     }
     if tensors:
@@ -226,7 +272,7 @@ def plan_data(plan: Plan, tensors: bool) -> dict[str, object]:
                 "transposed": a.kind.transposed,
                 "method": a.call.method if a.call else None,
                 "parameters": dict(a.call.parameters) if a.call else {},
-                "alpha": a.call.alpha if a.call else None,
+                "alpha": _alpha(a.call.alphas) if a.call else None,
                 "moment_size": a.moment_size or None,
                 "layer_type": a.layer_type,
             }

@@ -13,17 +13,19 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from isomerge import ops
 from isomerge.checkpoint import Checkpoint
-from isomerge.deltas import PIECE_ELEMENTS, DeltaReader, Group, Stack, Unit
+from isomerge.delta_reader import DeltaReader
+from isomerge.deltas import PIECE_ELEMENTS, Group, Stack, Unit
 from isomerge.errors import InputError
 from isomerge.methods import METHODS
 from isomerge.moments import Moments
@@ -33,6 +35,7 @@ from isomerge.plan import Assignment, Plan
 from isomerge.report import Report, peak_rss
 from isomerge.schedule import Step
 from isomerge.spool import Spool
+from isomerge.tally import Batch, Outcome, Tally
 
 WRITES = 1  # tensors that wait for the writing thread, or are being written, while the next is computed
 
@@ -45,7 +48,7 @@ class Progress:
     bytes_total: int
     matrices_done: int
     matrices_total: int
-    name: str  # the tensor just computed or written
+    name: str  # the tensor just merged; "" when an earlier process has merged what is done
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,13 @@ class Job:
 
 
 class _Sink(Protocol):
-    def write(self, name: str, tensor: Tensor, start: int = 0) -> None: ...
+    @property
+    def records(self) -> Sequence[Mapping[str, Any]]:
+        """Of what is written already, by an earlier process."""
+
+    def write(self, name: str, tensor: Tensor, start: int = 0, output: int = 0) -> None: ...
+
+    def note(self, record: Mapping[str, Any]) -> None: ...
 
 
 def run(
@@ -73,7 +82,7 @@ def run(
     allow_nonfinite: bool,
     progress: Callable[[Progress], None] | None,
 ) -> None:
-    """Writes every tensor of the plan to the sink and completes the report."""
+    """Writes every tensor of the plan to the sink, less what stands there, and completes the report."""
     started = time.perf_counter()
     weights = [model.weight for model in job.plan.settings.models]
     place = job.place
@@ -89,12 +98,15 @@ def run(
 
     with Behind(WRITES) as writes:
         state = _Run(job, reader, sink, spool, report, progress, writes)
+        state.restore()
         for assignment in job.plan.assignments:
             if assignment.call is None:
                 state.copy(assignment)
-        steps = job.plan.steps
+        steps = state.left()
+        if spool.layer_type is not None and not (steps and steps[0].layer_type == spool.layer_type):
+            state.release()  # an earlier process had computed all of the type, and not written all
         with closing(ahead(read, [step.group for step in steps])) as stacks:
-            for step, following in zip(steps, (*steps[1:], None), strict=True):
+            for step, following in zip_longest(steps, steps[1:]):
                 stack, take, seconds = next(stacks)
                 take(stack.tensors())
                 report.totals.read_seconds += seconds
@@ -105,7 +117,7 @@ def run(
         writes.close()
     state.finish()
     report.totals.seconds = time.perf_counter() - started
-    report.totals.peak_bytes = peak_rss()
+    report.totals.peak_bytes, report.totals.gpu_peak_bytes = peak_rss(), place.peak()
 
 
 class _Run:
@@ -125,43 +137,80 @@ class _Run:
         self._report, self._progress, self._writes = report, progress, writes
         self._write_seconds = 0.0  # of the writing thread
         self._assignments = {a.name: a for a in job.plan.assignments}
-        self._records = {record.name: record for record in report.tensors}
-        self._squares: dict[str, list[float]] = {}  # tensor -> sums over its units of ||sum of deltas||², ||update||²
-        self._matrices = 0
+        self._outputs = range(len(job.plan.settings.outputs))
+        self._tally = Tally(report)
+        self._bytes_done = self._matrices_done = 0
+
+    def restore(self) -> None:
+        """Counts what an earlier process has written, and takes over the updates it has left in the spool."""
+        units = {(unit.name, unit.start): (step, unit) for step in self._job.plan.steps for unit in step.group.units}
+        batches = [Batch.from_plain(record) for record in self._sink.records]
+        written = {key for batch in batches if not batch.waits for key in batch.keys}
+        under_way = next((step.layer_type for key, (step, _) in units.items() if key not in written), None)
+        for batch in batches:
+            if batch.waits and batch.keys <= self._tally.done:
+                continue  # done again since, for the spool had not held it
+            waiting = [] if batch.keys <= written else [(*units[o.key], o.slot) for o in batch.outcomes if o.slot]
+            if all(step.layer_type == under_way and self._spool.holds(step, slot) for step, _, slot in waiting):
+                for step, unit, slot in waiting:
+                    self._spool.take_over(step, unit, slot)
+                self._tally.add(batch)
+        self._report.totals.restored = len(self._tally.done)
+        if self._tally.done:
+            self._matrices_done = self._tally.matrices
+            self._tell("", self._report.totals.bytes_read + self._report.totals.bytes_written)
+
+    def left(self) -> list[Step]:
+        """The steps less the units that are done."""
+        steps = []
+        for step in self._job.plan.steps:
+            units = tuple(unit for unit in step.group.units if (unit.name, unit.start) not in self._tally.done)
+            if units:
+                steps.append(replace(step, group=replace(step.group, units=units)))
+        return steps
 
     def copy(self, assignment: Assignment) -> None:
         """The base's values, piece by piece."""
+        outcome = Outcome(assignment.name, 0)
+        if outcome.key in self._tally.done:
+            return
+        batch = Batch([outcome])
         for start in range(0, assignment.numel, PIECE_ELEMENTS):
             values = self._job.base.read(assignment.name, start, min(PIECE_ELEMENTS, assignment.numel - start))
-            self._report.totals.bytes_read += values.nbytes
+            batch.read += values.nbytes
             cast = values.to(assignment.out_dtype)
             self._check_range(assignment, cast, values)
-            self._write(assignment, cast, start)
-        self._tell(assignment.name)
+            for output in self._outputs:
+                self._write(outcome, cast, start, output)
+        self._tell(assignment.name, batch.read + outcome.written)
+        self._close(batch)
 
     def step(self, step: Step, stack: Stack) -> None:
         """One group: every unit computed, added to the base and written; or kept until its layer factor is known."""
-        self._report.totals.bytes_read += stack.bytes_read
+        batch = Batch(read=stack.bytes_read)
+        self._bytes_done += stack.bytes_read
         for (expert, name), count in stack.nonfinite.items():
-            nonfinite = self._records[name].nonfinite
-            label = self._job.experts[expert].label
-            nonfinite[label] = nonfinite.get(label, 0) + count
+            batch.nonfinite.setdefault(name, {})[self._job.experts[expert].label] = count
         for index, (unit, update, seconds) in enumerate(self._updates(step, stack)):
             before = time.perf_counter()
-            self._squares.setdefault(unit.name, [0.0, 0.0])[0] += _norm(stack.deltas[index].sum(0)) ** 2
-            self._spend(unit, seconds + time.perf_counter() - before)
-            self._matrices += step.kind == "matrix"
+            outcome = Outcome(unit.name, unit.start, matrix=step.kind == "matrix")
+            outcome.delta_square = _norm(stack.deltas[index].sum(0)) ** 2
+            outcome.seconds = seconds + time.perf_counter() - before
             if step.layer_type is None:
-                self._add(step, unit, update, stack.base[index])
+                self._add(step, unit, outcome, update, stack.base[index])
             else:
-                self._keep(step, unit, update)
-            self._tell(unit.name)
+                self._keep(step, unit, outcome, update)
+            batch.outcomes.append(outcome)
+            self._matrices_done += outcome.matrix
+            self._tell(unit.name, outcome.written)
+        self._close(batch)
 
     def release(self) -> None:
         """Updates of one type of layers, now that the norms of all are known: scaled, added to the base, written."""
+        batch = Batch()
         for waiting, factor in self._spool.factors():
             step, unit = waiting.step, waiting.unit
-            self._records[unit.name].layer_factor = factor
+            outcome = Outcome(unit.name, unit.start, layer_factor=factor)
             before = time.perf_counter()
             with self._job.place.reading():
                 update = self._job.place.up(self._spool.read(waiting))
@@ -169,23 +218,19 @@ class _Run:
                 take = self._job.place.mark()
             take((update, base))
             self._report.totals.read_seconds += time.perf_counter() - before
-            self._report.totals.bytes_read += self._reader.base_bytes(unit)
-            self._add(step, unit, update, base, factor)
-            self._tell(unit.name)
+            batch.read += self._reader.base_bytes(unit)
+            self._add(step, unit, outcome, update, base, factor)
+            batch.outcomes.append(outcome)
+            self._tell(unit.name, self._reader.base_bytes(unit) + outcome.written)
             del update, base  # before the next are read
+        self._close(batch)
+        self._writes.close()  # from here on the spool is not needed
         self._spool.clear()
 
     def finish(self) -> None:
-        """Norms of whole tensors, and the warnings that only the data could give; after the last write."""
+        """Completes the report, after the last write."""
         self._report.totals.write_seconds += self._write_seconds
-        for name, (deltas, update) in self._squares.items():
-            self._records[name].delta_sum_norm, self._records[name].update_norm = deltas**0.5, update**0.5
-        totals: dict[str, int] = {}
-        for record in self._report.tensors:
-            for label, count in record.nonfinite.items():
-                totals[label] = totals.get(label, 0) + count
-        for label, count in totals.items():
-            self._report.warnings.append(f"{label}: {count} non-finite values were left out of the merge")
+        self._tally.close()
 
     def _updates(self, step: Step, stack: Stack) -> Iterator[tuple[Unit, Tensor, float]]:
         """(unit, update [m, n], share of the time) of a stack [L, T, m, n]: one call for all, or one each if seeded."""
@@ -203,32 +248,37 @@ class _Run:
             update = method.function(mine, **step.call.arguments, seed=seed)
             yield unit, update, time.perf_counter() - before
 
-    def _keep(self, step: Step, unit: Unit, update: Tensor) -> None:
+    def _keep(self, step: Step, unit: Unit, outcome: Outcome, update: Tensor) -> None:
         """The update and its norm to the spool; the norm is summed in float64, for its powers are to come."""
         before = time.perf_counter()
         update = update.to(step.group.dtype).contiguous()
         norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
-        self._spend(unit, time.perf_counter() - before)
+        outcome.seconds += time.perf_counter() - before
         if not math.isfinite(norm):
             raise ArithmeticError(f"{unit.label}: {step.call.method} gave non-finite values")
         before = time.perf_counter()
-        self._spool.put(step, unit, self._job.place.down(update)(), norm)
+        outcome.slot = self._spool.put(step, unit, self._job.place.down(update)(), norm)
         self._report.totals.write_seconds += time.perf_counter() - before
 
-    def _add(self, step: Step, unit: Unit, update: Tensor, base: Tensor, factor: float = 1.0) -> None:
-        """Writes base + alpha * factor * update, rounded once from the arithmetic dtype to that of the output."""
-        assignment, scale = self._assignments[unit.name], step.call.alpha * factor
+    def _add(self, step: Step, unit: Unit, outcome: Outcome, update: Tensor, base: Tensor, factor: float = 1.0) -> None:
+        """Writes base + alpha * factor * update to each output, rounded once from the arithmetic dtype."""
+        assignment = self._assignments[unit.name]
         before = time.perf_counter()
-        norm = abs(scale) * _norm(update)
-        if not norm <= torch.finfo(update.dtype).max and not bool(torch.isfinite(update * scale).all()):
-            raise ArithmeticError(
-                f"{unit.label}: {step.call.method} with alpha {step.call.alpha:g} gave non-finite values"
-            )
-        self._squares[unit.name][1] += norm**2
-        merged = ops.finalize(base, update, scale, out_dtype=assignment.out_dtype)
-        self._check_range(assignment, merged)
-        self._spend(unit, time.perf_counter() - before)
-        self._write(assignment, merged.mT if step.group.transposed else merged, unit.start)
+        norm = abs(factor) * _norm(update)
+        outcome.update_square = norm**2
+        outcome.seconds += time.perf_counter() - before
+        for output, alpha in enumerate(step.call.alphas):
+            before = time.perf_counter()
+            scale = alpha * factor
+            bounded = abs(alpha) * norm <= torch.finfo(update.dtype).max
+            if not bounded and not bool(torch.isfinite(update * scale).all()):
+                raise ArithmeticError(f"{unit.label}: {step.call.method} with alpha {alpha:g} gave non-finite values")
+            # Adding nothing would turn a zero of the base from -0 to 0.
+            dtype = assignment.out_dtype
+            merged = ops.finalize(base, update, scale, out_dtype=dtype) if norm else base.to(dtype)
+            self._check_range(assignment, merged)
+            outcome.seconds += time.perf_counter() - before
+            self._write(outcome, merged.mT if step.group.transposed else merged, unit.start, output)
 
     def _check_range(self, assignment: Assignment, cast: Tensor, values: Tensor | None = None) -> None:
         """InputError where float16 cannot hold what was finite: `values`, or without them everything."""
@@ -241,31 +291,35 @@ class _Run:
                 "float16; use bfloat16 or float32"
             )
 
-    def _spend(self, unit: Unit, seconds: float) -> None:
-        self._records[unit.name].seconds += seconds
-        self._report.totals.compute_seconds += seconds
-
-    def _write(self, assignment: Assignment, values: Tensor, start: int) -> None:
+    def _write(self, outcome: Outcome, values: Tensor, start: int, output: int) -> None:
         """Hands values on the device, in the dtype of the output, to the writing thread."""
+        assignment = self._assignments[outcome.name]
         arrive = self._job.place.down(values.contiguous())
         names = (assignment.name, *assignment.aliases)
-        self._report.totals.bytes_written += len(names) * values.nbytes
+        outcome.written += len(names) * values.nbytes
 
         def write() -> None:
             before = time.perf_counter()
             arrived = arrive()
             for name in names:
-                self._sink.write(name, arrived, start)
+                self._sink.write(name, arrived, start, output)
             self._write_seconds += time.perf_counter() - before
 
         self._writes.put(write)
 
-    def _tell(self, name: str) -> None:
+    def _close(self, batch: Batch) -> None:
+        """Counts a batch as done, here now and for a later process when its last write is."""
+        record = batch.plain()
+        self._writes.follow(lambda: self._sink.note(record))
+        self._tally.add(batch)
+
+    def _tell(self, name: str, nbytes: int) -> None:
+        """Progress by a unit for which `nbytes` were read and written."""
+        self._bytes_done += nbytes
         if self._progress is not None:
-            totals, plan = self._report.totals, self._job.plan
+            plan = self._job.plan
             total = plan.bytes_read + plan.bytes_written
-            done = totals.bytes_read + totals.bytes_written
-            self._progress(Progress(done, total, self._matrices, plan.matrices, name))
+            self._progress(Progress(self._bytes_done, total, self._matrices_done, plan.matrices, name))
 
 
 def unit_seed(seed: int, label: str) -> int:
@@ -274,6 +328,6 @@ def unit_seed(seed: int, label: str) -> int:
 
 
 def _norm(values: Tensor) -> float:
-    """Frobenius norm; summed in float64 where the squares overflow the values' own dtype."""
+    """Frobenius norm, 0 of zeros alone; summed in float64 where the squares leave the range of their own dtype."""
     norm = float(torch.linalg.vector_norm(values))
-    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(values, dtype=torch.float64))
+    return norm if norm and math.isfinite(norm) else float(torch.linalg.vector_norm(values, dtype=torch.float64))

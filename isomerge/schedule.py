@@ -28,11 +28,11 @@ a single one has 21 tiles for 132 multiprocessors."""
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A method with its parameters, and the multiplier of its update."""
+    """A method with its parameters, and the multiplier of its update for each output of the merge."""
 
     method: str
     parameters: Mapping[str, object]
-    alpha: float
+    alphas: tuple[float, ...]
 
     @property
     def arguments(self) -> dict[str, object]:

@@ -59,13 +59,24 @@ class Settings:
     base: Model
     models: tuple[Model, ...]
     parameters: Mapping[str, object] = field(default_factory=dict)
-    alpha: float = 1.0
+    alpha: float | tuple[float, ...] = 1.0  # several: as many outputs from one pass over the models
     scope: str = "default"
+    flatten_conv: bool = False  # whether the kernels of convolutions are matrices
     rules: tuple[Rule, ...] = ()
     dtype: torch.dtype = torch.float32
     out_dtype: torch.dtype | None = None  # None: each tensor keeps the base's
     seed: int = 0
     source: str = "recipe"  # the file's name, for messages
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """One for each output."""
+        return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The folder of each output below that of the merge: "" for itself, `alpha-0.8` where there are several."""
+        return tuple(f"alpha-{alpha}" for alpha in self.alpha) if isinstance(self.alpha, tuple) else ("",)
 
     def rule_for(self, name: str) -> int | None:
         """The index of the first rule that matches the tensor `name`."""
@@ -75,7 +86,9 @@ class Settings:
 def finite_number(value: object, where: str) -> float:
     """`value` as a float; InputError unless it is a finite number. `where` starts the message."""
     if isinstance(value, (list, tuple)):
-        raise InputError(f"{where}: expected one number, got a list; a list of values is not supported yet")
+        raise InputError(f"{where}: expected one number, got a list")
+    if isinstance(value, int) and value.bit_length() > 1000:
+        raise InputError(f"{where}: expected a finite number, got one of {value.bit_length()} bits")
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise InputError(f"{where}: expected a finite number, got {value!r}{_number_hint(value)}")
     return float(value)
@@ -90,13 +103,33 @@ def _number_hint(value: object) -> str:
     return f" (text in YAML: write {number})" if math.isfinite(number) else ""
 
 
-def split_alpha(parameters: Mapping[str, object], where: str) -> tuple[float | None, dict[str, object]]:
-    """Parameters -> (alpha or None, the method's own); `lambda` and `scaling_factor` are aliases of `alpha`."""
+def split_alpha(
+    parameters: Mapping[str, object], where: str
+) -> tuple[float | tuple[float, ...] | None, dict[str, object]]:
+    """Parameters -> (one alpha, several or None; the method's own). `lambda` and `scaling_factor` are its aliases."""
     given = [name for name in ALPHA_NAMES if name in parameters]
     if len(given) > 1:
         raise InputError(f"{where}: `{given[0]}` and `{given[1]}` are the same parameter; give one of them")
-    alpha = finite_number(parameters[given[0]], f"{where}.{given[0]}") if given else None
+    alpha = _alpha(parameters[given[0]], f"{where}.{given[0]}") if given else None
     return alpha, {name: value for name, value in parameters.items() if name not in ALPHA_NAMES}
+
+
+def one_alpha(alpha: float | tuple[float, ...] | None, where: str) -> float | None:
+    """`alpha` where only one can be; InputError for several."""
+    if isinstance(alpha, tuple):
+        raise InputError(
+            f"{where}.alpha: expected one number, got a list; only a recipe's own `parameters` take several"
+        )
+    return alpha
+
+
+def _alpha(value: object, where: str) -> float | tuple[float, ...]:
+    if not isinstance(value, (list, tuple)):
+        return finite_number(value, where)
+    alphas = tuple(finite_number(entry, f"{where}[{index}]") for index, entry in enumerate(value))
+    if len(set(alphas)) < len(alphas) or not alphas:
+        raise InputError(f"{where}: expected a number or a list of different ones, got {list(value)}")
+    return alphas
 
 
 def as_recipe(settings: Settings) -> dict[str, object]:
@@ -106,8 +139,9 @@ def as_recipe(settings: Settings) -> dict[str, object]:
         "merge_method": settings.method,
         "base_model": settings.base.name,
         "models": [_plain_model(model) for model in settings.models],
-        "parameters": {"alpha": settings.alpha, **settings.parameters},
+        "parameters": {"alpha": _plain_alpha(settings.alpha), **settings.parameters},
         "scope": settings.scope,
+        "flatten_conv": settings.flatten_conv,
         "rules": [_plain_rule(rule) for rule in settings.rules],
         "dtype": dtype_name(settings.dtype),
         **out_dtype,
@@ -118,6 +152,10 @@ def as_recipe(settings: Settings) -> dict[str, object]:
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
+
+
+def _plain_alpha(alpha: float | tuple[float, ...]) -> float | list[float]:
+    return list(alpha) if isinstance(alpha, tuple) else alpha
 
 
 def _plain_model(model: Model) -> dict[str, object]:
@@ -156,4 +194,4 @@ def rule_from(value: Rule | Mapping[str, object], where: str) -> Rule:
     if not keep and method is None and not parameters:
         raise InputError(f"{where}: changes nothing; give merge_method, parameters or keep_base")
     alpha, own = split_alpha(parameters or {}, f"{where}.parameters")
-    return Rule(pattern, method, own, alpha, keep)
+    return Rule(pattern, method, own, one_alpha(alpha, f"{where}.parameters"), keep)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -62,7 +63,6 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing key": (lambda r: change_expert(r, QUERY, None), f"e1: {QUERY} is missing"),
     "shape": (lambda r: change_expert(r, QUERY, torch.zeros(8, 16)), f"e1: {QUERY}: 8 rows"),
     "integers": (lambda r: change_expert(r, QUERY, torch.zeros(16, 16, dtype=torch.int8)), f"e1: {QUERY}: integers"),
-    "NaN": (lambda r: change_expert(r, QUERY, torch.full((16, 16), torch.nan)), f"e1: {QUERY}: 256 non-finite"),
     "method": (lambda r: tiny.write_recipe(r.parent, tiny.recipe_for("iso_ctx")), "did you mean iso_cts?"),
     "key": (lambda r: edit(r, paramaters={}), "paramaters: unknown key; did you mean `parameters`?"),
     "parameter": (lambda r: edit(r, parameters={"common_space": 0.5}), "(did you mean common_space_fraction?)"),
@@ -181,7 +181,7 @@ def slow_recipe(folder: Path) -> Path:
 
 
 def started(recipe: Path) -> tuple[subprocess.Popen[str], Path]:
-    """A merge in another process, and its hidden folder once there are weights in it."""
+    """A merge in another process, and its hidden folder once some of the weights are in it."""
     command = [*COMMAND, "merge", str(recipe), str(recipe.parent / "out"), "--quiet"]
 
     def listen() -> None:  # a job in the background may have been told to ignore it, and hands that on
@@ -191,7 +191,8 @@ def started(recipe: Path) -> tuple[subprocess.Popen[str], Path]:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and child.poll() is None:
         for folder in recipe.parent.glob(".out*"):
-            if any(file.stat().st_size > 400_000 for file in folder.glob("model*")):
+            journal = folder / "isomerge_journal.jsonl"
+            if journal.exists() and b'"record"' in journal.read_bytes():
                 return child, folder
         time.sleep(0.002)
     raise AssertionError(f"the merge ended before it could be stopped: {child.communicate()}")
@@ -206,22 +207,26 @@ def test_a_killed_merge_leaves_nothing_that_loads(tmp_path: Path, run: Run) -> N
     assert partial.is_dir()  # it was killed in the middle
     with pytest.raises(InputError):
         open_checkpoint(partial)
-    assert not list(partial.glob("*.safetensors"))
     assert not (partial / "config.json").exists()
     assert run("merge", recipe, tmp_path / "out", "--quiet").returncode == 0
     assert len(tiny.load_output(tmp_path / "out")) == 24
     assert not list(tmp_path.glob(".out*"))  # the leftover is gone too
 
 
-def test_an_interrupted_merge_cleans_up(tmp_path: Path) -> None:
+def test_an_interrupted_merge_says_how_to_go_on(tmp_path: Path, run: Run) -> None:
     recipe = slow_recipe(tmp_path)
-    before = tree(tmp_path)
-    child, _ = started(recipe)
+    child, partial = started(recipe)
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 130, errors
-    assert errors.splitlines() == ["isomerge: interrupted; nothing was written"]
-    assert tree(tmp_path) == before
+    assert errors.splitlines() == [
+        f"isomerge: interrupted; what is merged is kept in {partial}: the same command goes on from there, "
+        "--restart discards it"
+    ]
+    assert not (tmp_path / "out").exists()
+    done = run("merge", recipe, tmp_path / "out")
+    assert re.search(r"\d+ parts from an interrupted merge", done.stdout)
+    assert not partial.exists()
 
 
 def test_plan_reads_headers_and_writes_nothing(recipe: Path, run: Run) -> None:
@@ -270,3 +275,24 @@ def test_version_and_help(run: Run) -> None:
         assert done.returncode == 0
         for command in ("merge", "plan", "methods", "doctor"):
             assert command in done.stdout
+
+
+def test_names_in_hostile_files_reach_no_terminal(recipe: Path, run: Run) -> None:
+    wild = "evil\n\x1b[2Jname"
+    states = tiny.bert_models(recipe.parent)
+    tiny.save_model(recipe.parent / "e1", {**states[2], wild: torch.ones(2)})
+    done = run("plan", recipe, "--no-time")
+    assert done.returncode == 0, done.stderr
+    assert r"left out: evil\n\x1b[2Jname" in done.stdout
+    tiny.save_model(recipe.parent / "base", {**states[0], wild: torch.ones(3)})
+    done = run("merge", recipe, recipe.parent / "out", "--quiet")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert r"evil\n\x1b[2Jname" in line
+
+
+def test_a_config_that_is_a_bomb_is_no_config(recipe: Path, run: Run) -> None:
+    (recipe.parent / "base" / "config.json").write_text('{"a": ' + "[" * 100_000)
+    edit(recipe, out_dtype="bfloat16")
+    done = run("merge", recipe, recipe.parent / "out", "--quiet")
+    assert done.returncode == 0, done.stderr

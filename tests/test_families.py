@@ -144,15 +144,37 @@ QWEN_MOE: Shapes = {
     "model.layers.0.mlp.shared_expert.gate_proj.weight": (24, 16),
     "model.layers.0.mlp.experts.gate_up_proj": (4, 48, 16), "model.layers.0.mlp.experts.down_proj": (4, 16, 24),
 }  # fmt: skip
+QWEN_VL_MOE: Shapes = {  # as Qwen publishes it; transformers 5 turns the stacks round when it loads them
+    "model.visual.pos_embed.weight": (16, 16), "model.visual.patch_embed.proj.weight": (16, 3, 2, 4, 4),
+    "model.language_model.embed_tokens.weight": (32, 16),
+    "model.language_model.layers.0.self_attn.q_proj.weight": (16, 16),
+    "model.language_model.layers.0.mlp.gate.weight": (4, 16),
+    "model.language_model.layers.0.mlp.experts.gate_up_proj": (4, 16, 48),
+    "model.language_model.layers.0.mlp.experts.down_proj": (4, 24, 16),
+}  # fmt: skip
+JAMBA: Shapes = {  # Llama 4's names, the other way round
+    "model.embed_tokens.weight": (32, 16), "model.layers.0.self_attn.q_proj.weight": (16, 16),
+    "model.layers.0.feed_forward.router.weight": (4, 16),
+    "model.layers.0.feed_forward.experts.gate_up_proj": (4, 48, 16),
+    "model.layers.0.feed_forward.experts.down_proj": (4, 16, 24),
+}  # fmt: skip
+GRANITE: Shapes = {
+    "model.embed_tokens.weight": (32, 16), "model.layers.0.self_attn.q_proj.weight": (16, 16),
+    "model.layers.0.block_sparse_moe.router.layer.weight": (4, 16),
+    "model.layers.0.block_sparse_moe.input_linear.weight": (4, 48, 16),
+    "model.layers.0.block_sparse_moe.output_linear.weight": (4, 16, 24),
+}  # fmt: skip
 LLAMA4: Shapes = {
     "model.embed_tokens.weight": (32, 16), "model.layers.0.self_attn.q_proj.weight": (16, 16),
     "model.layers.0.feed_forward.router.weight": (4, 16),
     "model.layers.0.feed_forward.experts.gate_up_proj": (4, 16, 48),
+    "model.layers.0.feed_forward.experts.down_proj": (4, 24, 16),
     "model.layers.0.feed_forward.shared_expert.up_proj.weight": (24, 16),
 }  # fmt: skip
 GPT_OSS: Shapes = {
     "model.embed_tokens.weight": (32, 16), "model.layers.0.self_attn.q_proj.weight": (16, 16),
     "model.layers.0.mlp.router.weight": (4, 16), "model.layers.0.mlp.experts.gate_up_proj": (4, 16, 48),
+    "model.layers.0.mlp.experts.down_proj": (4, 24, 16),
     "model.layers.0.mlp.experts.gate_up_proj_bias": (4, 48), "model.layers.0.self_attn.sinks": (2,),
 }  # fmt: skip
 
@@ -162,8 +184,11 @@ GPT_OSS: Shapes = {
     [
         (MIXTRAL, "llama", ["block_sparse_moe.gate"]),
         (QWEN_MOE, "llama", ["mlp.gate", "shared_expert_gate"]),
-        (LLAMA4, "llama-moe-in-out", ["feed_forward.router"]),
-        (GPT_OSS, "llama-moe-in-out", ["mlp.router"]),
+        (GRANITE, "llama", ["router.layer"]),
+        (JAMBA, "llama", ["feed_forward.router"]),
+        (QWEN_VL_MOE, "moe-in-out + llama", ["mlp.gate", "pos_embed", "patch_embed.proj"]),
+        (LLAMA4, "moe-in-out + llama", ["feed_forward.router"]),
+        (GPT_OSS, "moe-in-out + llama", ["mlp.router"]),
     ],
 )
 def test_mixtures_of_experts(shapes: Shapes, family: str, routers: list[str]) -> None:
@@ -172,11 +197,63 @@ def test_mixtures_of_experts(shapes: Shapes, family: str, routers: list[str]) ->
     for tensor, kind in found.items():
         plain = tensor.removesuffix(".weight")
         if len(shapes[tensor]) == 3:
-            assert kind == Kind("matrix", family == "llama-moe-in-out", 4)
+            assert kind == Kind("matrix", family == "moe-in-out + llama", 4)
         elif plain.endswith((*routers, "embed_tokens", "lm_head", "_bias")) or len(shapes[tensor]) == 1:
             assert kind == Kind("elementwise")
         else:
             assert kind == Kind("matrix", False, 1)
+
+
+def test_a_model_of_two_families_has_the_rules_of_both() -> None:
+    captioner = {  # ViT and GPT-2
+        "encoder.embeddings.cls_token": (1, 1, 16), "encoder.embeddings.patch_embeddings.proj.weight": (16, 3, 4, 4),
+        "encoder.encoder.layer.0.attention.attention.query.weight": (16, 16),
+        "decoder.transformer.wte.weight": (32, 16), "decoder.transformer.h.0.attn.c_attn.weight": (16, 48),
+        "decoder.transformer.h.0.mlp.c_fc.weight": (16, 64),
+    }  # fmt: skip
+    family, found = kinds({**captioner, **{f"clip.{name}": shape for name, shape in OPEN_CLIP.items()}})
+    assert family == "clip + vit + gpt2"
+    assert {name for name, kind in found.items() if kind.transposed} == {
+        "decoder.transformer.h.0.attn.c_attn.weight",
+        "decoder.transformer.h.0.mlp.c_fc.weight",
+        "clip.visual.proj",
+    }
+    assert found["clip.visual.transformer.resblocks.0.mlp.c_fc.weight"] == Kind("matrix", False, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("layer1.0.conv1.weight", (16, 8, 3, 3), Kind("matrix", False, 1, True)),
+        ("input_blocks.1.1.proj_in.weight", (320, 320, 1, 1), Kind("matrix", False, 1, True)),
+        ("visual.patch_embed.proj.weight", (16, 3, 2, 4, 4), Kind("matrix", False, 1, True)),
+        ("embeddings.patch_embedding.weight", (16, 3, 4, 4), Kind("matrix", False, 1, True)),
+        ("encoder.conv1.weight", (16, 8, 3), Kind("matrix", False, 1, True)),
+        ("middle.qkv.weight", (48, 16, 1), Kind("matrix", False, 1, True)),
+        ("mlp.fc1.weight", (48, 16, 1), Kind("matrix", False, 1, True)),
+        ("layer.0.deconv.weight", (16, 8, 4, 4), Kind("matrix", True, 1, True)),
+        ("up.conv_transpose1.weight", (16, 8, 4, 4), Kind("matrix", True, 1, True)),
+        ("mask.convt_pre.weight", (16, 8, 4), Kind("matrix", True, 1, True)),
+        ("dense.conv_transition.weight", (16, 8, 1, 1), Kind("matrix", False, 1, True)),
+        ("stages.0.dwconv.weight", (16, 1, 7, 7), Kind("elementwise")),
+        ("mixer.conv1d.weight", (16, 1, 4), Kind("elementwise")),
+        ("decode_head.classifier.weight", (2, 16, 1, 1), Kind("elementwise")),
+        ("pos_conv.weight_v", (16, 4, 8), Kind("elementwise")),
+        ("norm.weight", (16, 1, 1), Kind("elementwise")),
+        ("linears.weight", (8, 16, 24), Kind("elementwise")),  # Moshi's linear layers, one for each codebook
+        ("attn.decay", (1, 2, 16, 16), Kind("elementwise")),
+        ("h.experts.w1.weight", (8, 16, 24), Kind("matrix", False, 8)),
+        ("h.experts.w1.weight", (1, 16, 24), Kind("matrix", False, 1)),
+    ],
+)
+def test_kernels(name: str, shape: tuple[int, ...], expected: Kind) -> None:
+    family = FAMILIES[-1]
+    assert classify(name, shape, torch.float32, family, "default", flatten_conv=True) == expected
+    plain = Kind("elementwise") if expected.kernel else expected
+    assert classify(name, shape, torch.float32, family, "default") == plain
+    if expected.kernel:
+        assert classify(name, shape, torch.float32, family, "paper", flatten_conv=True) == expected
+        assert classify(name, (0, *shape[1:]), torch.float32, family, "default", flatten_conv=True) == Kind("keep")
 
 
 def test_current_transformers_fuse_experts_as_three_dimensions() -> None:
@@ -212,6 +289,10 @@ def test_current_transformers_fuse_experts_as_three_dimensions() -> None:
         ("mixer.conv1d.weight", (8, 1, 4), "elementwise"),
         ("conv.weight", (8, 4, 3, 3), "elementwise"),
         ("norm.weight", (8, 1), "elementwise"),
+        ("mixer.gate.weight", (8, 4), "elementwise"),
+        ("altup.modality_router.weight", (8, 4), "elementwise"),
+        ("layers.0.router.proj.weight", (8, 4), "elementwise"),
+        ("gate.weight", (8, 4), "matrix"),
         ("fc.weight", (0, 4), "keep"),
     ],
 )

@@ -13,14 +13,16 @@ PACKAGE = Path(__file__).parents[1] / "isomerge"
 
 LEVELS = (  # from the bottom; a module may import from lower levels, and from its own package
     {"errors"},
-    {"backends", "settings", "checkpoint", "overlap", "place"},
+    {"backends", "settings", "checkpoint", "overlap", "place", "recipe_text"},
     {"ops"},
-    {"methods", "deltas", "families", "recipe", "statistics"},
-    {"headers", "schedule", "moments"},
+    {"methods", "deltas", "families", "nonfinite", "recipe", "statistics"},
+    {"delta_reader", "headers", "schedule", "moments"},
     {"plan", "spool"},
     {"report"},
-    {"output", "run"},
-    {"merge", "capture", "inspect"},
+    {"output", "tally"},
+    {"run"},
+    {"estimate"},
+    {"merge", "capture", "inspect", "verify"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -31,6 +33,7 @@ DOORS = {
     "typer": {"cli"},
     "rich": {"cli"},
     "triton": {"backends/triton"},
+    "scipy": {"backends/lapack"},
     "safetensors": {"checkpoint"},
     "transformers": {"capture"},
     "tokenizers": {"capture"},
@@ -114,6 +117,7 @@ BLOCKED = (
     "triton",
     "safetensors",
     "numpy",
+    "scipy",
     "transformers",
     "psutil",
     "PIL",

@@ -55,11 +55,11 @@ def test_assignments_and_totals() -> None:
     by_name = {a.name: a for a in plan.assignments}
     assert list(by_name) == list(BASE)
     assert by_name[QUERY].call is not None
-    assert (by_name[QUERY].call.method, by_name[QUERY].call.alpha) == ("iso_cts", 1.5)
+    assert (by_name[QUERY].call.method, by_name[QUERY].call.alphas) == ("iso_cts", (1.5,))
     assert by_name[QUERY].call.parameters == {"common_space_fraction": 0.8}
     words = by_name["embeddings.word_embeddings.weight"]
     assert words.call is not None
-    assert (words.call.method, words.call.alpha) == ("average", 1.5)
+    assert (words.call.method, words.call.alphas) == ("average", (1.5,))
     assert by_name["embeddings.position_ids"].call is None
     totals = plan.by_method
     assert {name: (total.tensors, total.matrices) for name, total in totals.items()} == {

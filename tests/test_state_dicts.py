@@ -95,11 +95,12 @@ def test_transposed_layers_are_merged_as_out_x_in() -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_stacks_of_experts_are_merged_slice_by_slice(transposed: bool) -> None:
     random = torch.Generator().manual_seed(0)
-    name = f"model.layers.0.{'feed_forward' if transposed else 'mlp'}.experts.gate_up_proj"
+    name = "model.layers.0.mlp.experts.gate_up_proj"  # [in, out] or [out, in]: the shape of `down_proj` tells
     base = {
         "model.embed_tokens.weight": torch.randn(9, 8, generator=random),
         "model.layers.0.self_attn.q_proj.weight": torch.randn(8, 8, generator=random),
         name: torch.randn(3, 8, 20, generator=random),
+        name.replace("gate_up", "down"): torch.randn((3, 10, 8) if transposed else (3, 20, 4), generator=random),
     }
     experts = [tiny.tuned(base, seed) for seed in (1, 2)]
     found = merge_state_dicts(base, experts, method="iso_cts", common_space_fraction=0.5)

@@ -33,6 +33,7 @@ from isomerge.backends.eigen import (
     unresolved,
 )
 from isomerge.backends.iterations import block_krylov, eigh
+from isomerge.backends.partial_eigen import leading_eigenvectors
 from isomerge.backends.side_by_side import matrices, side_by_side
 
 TOKENS = 512
@@ -326,15 +327,15 @@ def _principal(M: Tensor, delta: Tensor | None, k: int, rtol: float) -> tuple[Te
     M = M.double()
     if delta is None or delta.shape[0] <= delta.shape[1]:
         C = M if delta is None else (D := delta.double()) @ M @ D.mT
-        values, V = eigh(C)
-        values, V = values[-k:].flip(0), V[:, -k:].flip(1)
+        values, V = leading_eigenvectors(C, k)
+        values, V = values[-k:].flip(0), V.flip(1)
     else:
         D = delta.double()
         L = _square_root(M)
-        values, W = eigh(L.mT @ (gram(D) @ L))
+        count = min(k, D.shape[1])
+        values, W = leading_eigenvectors(L.mT @ (gram(D) @ L), count)
         values, W = values.flip(0), W.flip(1)
-        count = min(k, values.shape[0])
-        V = times(D, times(L, W[:, :count]) * values[:count].clamp_min(torch.finfo(dtype).tiny).rsqrt())
+        V = times(D, times(L, W) * values[:count].clamp_min(torch.finfo(dtype).tiny).rsqrt())
         values, V = (torch.nn.functional.pad(part[..., :count], (0, k - count)) for part in (values, V))
     values = torch.where(values > rtol * values[:1], values, 0)
     return (V * (values > 0)).to(dtype), values

@@ -22,11 +22,11 @@ _thread = local()  # `worker` is set in the threads of the pool
 ALIGNMENT = 64  # bytes: an AVX-512 register, and what torch's CPU allocator gives
 
 
-@lru_cache(maxsize=1)
-def _pool(workers: int) -> ThreadPoolExecutor:
+def single_threaded(workers: int, name: str) -> ThreadPoolExecutor:
+    """Threads in each of which torch computes with one; to be made while no other thread makes its first call."""
     # torch.set_num_threads acts on the calling thread, but a thread's first operation replaces its number by the one
     # set last anywhere: so every worker sets 1 and makes that first call now, then the caller's number is put back
-    started = Barrier(workers + 1)
+    threads, started = torch.get_num_threads(), Barrier(workers + 1)
 
     def start() -> None:
         _thread.worker = True
@@ -34,12 +34,17 @@ def _pool(workers: int) -> ThreadPoolExecutor:
         torch.get_num_threads()
         started.wait()
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="isomerge")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix=name)
     for _ in range(workers):
         pool.submit(start)
     started.wait()
-    torch.set_num_threads(workers)
+    torch.set_num_threads(threads)
     return pool
+
+
+@lru_cache(maxsize=1)
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return single_threaded(workers, "isomerge")
 
 
 register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of the threads

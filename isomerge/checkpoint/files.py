@@ -7,9 +7,12 @@ a bound. Both directions release the interpreter lock while the kernel works.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import stat
 import threading
+import time
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +25,8 @@ from torch import Tensor
 
 from isomerge.errors import InputError
 
+_BLOCK = 4 << 20  # bytes read at a time for a checksum
 _MAX_CALL = 1 << 30  # bytes; Linux moves at most 2 GiB - 4 KiB per call, macOS 2 GiB - 1
-_MAX_OPEN = 4  # files kept open per pool
 
 
 class Stamp(NamedTuple):
@@ -32,6 +35,12 @@ class Stamp(NamedTuple):
     size: int
     mtime_ns: int
     inode: int
+
+    @property
+    def modified(self) -> str:
+        """The time of the last change, in UTC, to the nanosecond."""
+        seconds, rest = divmod(self.mtime_ns, 10**9)
+        return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09d}Z"
 
     @classmethod
     def of(cls, fd: int) -> Stamp:
@@ -82,6 +91,30 @@ def write_from(fd: int, offset: int, tensor: Tensor) -> None:
         done += os.pwrite(fd, memory[done : done + _MAX_CALL], offset + done)
 
 
+def crc32(tensor: Tensor) -> int:
+    """Of the bytes of a contiguous CPU tensor."""
+    return zlib.crc32(_memory(tensor))
+
+
+def crc32_at(fd: int, offset: int, count: int) -> int:
+    """Of the `count` bytes at `offset`, or those up to the end of the file."""
+    value = 0
+    while count > 0 and (part := os.pread(fd, min(count, _BLOCK), offset)):
+        value = zlib.crc32(part, value)
+        offset += len(part)
+        count -= len(part)
+    return value
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, in hexadecimal digits."""
+    total = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while part := file.read(_BLOCK):
+            total.update(part)
+    return total.hexdigest()
+
+
 def _memory(tensor: Tensor) -> memoryview:
     # Tensors have no buffer protocol of their own without numpy. The caller keeps the tensor alive.
     nbytes = tensor.numel() * tensor.element_size()
@@ -105,6 +138,7 @@ class FilePool:
     """
 
     writable: bool = False
+    max_open: int = 4
     _files: OrderedDict[Path, _Open] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _closed: bool = False
@@ -126,7 +160,7 @@ class FilePool:
         finally:
             with self._lock:
                 entry.users -= 1
-                self._evict(0 if self._closed else _MAX_OPEN)
+                self._evict(0 if self._closed else self.max_open)
 
     def close(self, *, sync: bool = True) -> None:
         """Close every file; one that a thread is still using is closed when that thread is done.

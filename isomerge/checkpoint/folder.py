@@ -6,15 +6,17 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from isomerge.checkpoint.files import open_input, read_bytes
-from isomerge.checkpoint.format import MAX_HEADER, read_json, show
-from isomerge.checkpoint.reader import Checkpoint, FileCheckpoint, Scan, scan_safetensors
+from isomerge.checkpoint.files import read_bytes
+from isomerge.checkpoint.format import MAX_HEADER, read_json
+from isomerge.checkpoint.reader import Checkpoint, FileCheckpoint, Scan, open_header, scan_safetensors
+from isomerge.checkpoint.show import show
 from isomerge.checkpoint.torch_file import scan_torch_file
 from isomerge.errors import InputError
 
 # Looked for in a folder, in the order of transformers: the single file before the index, safetensors before pickles.
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
+CHECKSUMS = "SHA256SUMS"
 _NAMES = (SAFETENSORS, SAFETENSORS_INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 _SCANNERS: Mapping[str, Callable[[Path], Scan]] = {
@@ -25,7 +27,7 @@ _SCANNERS: Mapping[str, Callable[[Path], Scan]] = {
     ".ckpt": scan_torch_file,
 }
 _WEIGHTS = (*_SCANNERS, ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".npy", ".pkl", ".tflite", ".mlmodel")
-_NOT_CARRIED = ("README.md", "trainer_state.json")  # the model card and the log of another training run
+_NOT_CARRIED = ("README.md", "trainer_state.json", CHECKSUMS)  # they speak of another model, or of its training
 _SMALL = 64 << 20  # bytes; the largest tokenizer.json in use has 33 MB
 
 
@@ -40,6 +42,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         is_folder, exists = path.is_dir(), os.path.lexists(path)
     except ValueError:
         raise InputError(f"{show(str(path))}: not a path, it has a null byte in it; check the path") from None
+    except OSError as error:  # a name longer than the file system's, a folder above that may not be searched
+        raise InputError(f"{path}: cannot be read: {error.strerror}; check the path") from None
     if is_folder:
         try:
             weights, side_files = _find_weights(path), _side_files(path)
@@ -97,7 +101,7 @@ def _scan_shards(index: Path) -> list[Scan]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    with open_input(index) as file:
+    with open_header(index) as file:
         text = read_bytes(file.fileno(), 0, MAX_HEADER + 1)
     if not text:
         raise InputError(f"{index}: the file is empty, expected an index of shards; download it again")
@@ -107,8 +111,8 @@ def _read_index(index: Path) -> dict[str, str]:
     suffix = ".safetensors" if index.name == SAFETENSORS_INDEX else ".bin"
     for name, shard in weight_map.items():
         # Judged by the name alone: in a Hugging Face cache every shard is a link to somewhere else.
-        inside = isinstance(shard, str) and Path(shard).name == shard and not set(shard) & set("\\\0")
-        if not inside:
+        inside = isinstance(shard, str) and Path(shard).name == shard and len(shard) < 256
+        if not inside or "\\" in shard or not shard.isprintable():
             raise InputError(f"{index}: tensor {show(name)}: shard {show(shard)} is not the name of a file beside it")
         if not shard.endswith(suffix):
             raise InputError(f"{index}: tensor {show(name)}: shard {show(shard)} does not end in {suffix}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from isomerge.checkpoint.show import show
 from isomerge.errors import InputError
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
@@ -49,12 +50,6 @@ class Entry:
     shape: tuple[int, ...]
     begin: int
     end: int
-
-
-def show(value: object) -> str:
-    """`repr` on one line and at most 120 characters, for messages about hostile input."""
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def element_count(shape: Iterable[int]) -> int:
@@ -118,7 +113,9 @@ def parse_header(file: Path, header: bytes, data_bytes: int) -> tuple[list[Entry
     cover those bytes without overlap, hole, missing or trailing byte. Raises InputError otherwise.
     """
     table = _parse_json(file, header)
-    metadata = table.pop("__metadata__", {})
+    metadata = table.pop("__metadata__", None)
+    if metadata is None:  # null, to the safetensors library, is none
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError(f"{file}: __metadata__ is {show(metadata)}, expected strings by name; write the file again")
     entries = sorted((_parse_entry(file, name, value) for name, value in table.items()), key=_position)
@@ -146,19 +143,24 @@ def build_header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes
 
 
 def read_json(file: Path, text: bytes, what: str) -> dict[str, object]:
-    """A JSON object without repeated keys; InputError that calls the text `what` otherwise."""
+    """A JSON object without repeated keys or NaN; InputError that calls the text `what` otherwise."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found: dict[str, object] = {}
         for key, value in pairs:
             if key in found:
                 raise InputError(f"{file}: {what} has the key {show(key)} twice; write the file again")
-            key.encode("utf-8")  # a lone surrogate, legal in JSON escapes, is no name that can be written again
+            for part in (key, value):
+                if isinstance(part, str):
+                    part.encode("utf-8")  # a lone surrogate, legal in JSON escapes, cannot be written again
             found[key] = value
         return found
 
+    def refuse(constant: str) -> object:  # NaN, Infinity: Python's own additions to JSON
+        raise ValueError(constant)
+
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except InputError:
         raise
     except UnicodeError:
@@ -202,7 +204,8 @@ def _parse_entry(file: Path, name: str, value: object) -> Entry:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
         raise InputError(f"{where} data_offsets is {show(offsets)}, expected [begin, end] in bytes; {_REFETCH}")
     nbytes = element_count(shape) * dtype.itemsize
-    if nbytes > _MAX_BYTES:
+    # Strides are products of the sizes too, also those of a tensor without elements.
+    if element_count(max(size, 1) for size in shape) * dtype.itemsize > _MAX_BYTES:
         raise InputError(f"{where} shape is {show(shape)}, more than 2^63 bytes; {_REFETCH}")
     begin, end = offsets
     if end - begin != nbytes:

@@ -88,6 +88,18 @@ class Ledger:
                 self._writing -= 1
                 self._changed.notify_all()
 
+    def is_free(self, name: str, start: int, count: int) -> bool:
+        """Whether no element of the range has been claimed."""
+        taken = self._progress[name].taken
+        return not any(begin < start + count and start < end for begin, end in taken)
+
+    def claim(self, name: str, start: int, count: int) -> None:
+        """Count a free range of elements as written."""
+        progress = self._progress[name]
+        if count > 0:
+            progress.take(start, start + count)
+        progress.done += count
+
     def close(self) -> None:
         """Accept no more writes; ValueError, naming the first such tensor, unless every element has been written."""
         with self._changed:

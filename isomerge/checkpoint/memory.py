@@ -31,6 +31,7 @@ class _MemoryCheckpoint(Checkpoint):
         self.label = label
         self.metadata = {}
         self.side_files = ()
+        self.modified = {}
         self._values: dict[str, Tensor] = {}
         infos: dict[str, TensorInfo] = {}
         aliases: dict[str, str] = {}
@@ -63,6 +64,8 @@ class _MemoryCheckpoint(Checkpoint):
 class MemoryWriter:
     """The surface of `Writer`, into memory: after `commit`, `tensors` holds the result and `files` the side files."""
 
+    records: Sequence[Mapping[str, object]] = ()  # nothing is ever taken over
+
     def __init__(self, specs: Sequence[TensorSpec], *, metadata: Mapping[str, str] | None = None) -> None:
         self.metadata = dict(metadata or {})
         self.tensors: dict[str, Tensor] = {}
@@ -70,10 +73,13 @@ class MemoryWriter:
         self._ledger = Ledger(specs)
         self._values = {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="cpu") for spec in specs}
 
-    def write(self, name: str, tensor: Tensor, start: int = 0) -> None:
-        """As `Writer.write`."""
+    def write(self, name: str, tensor: Tensor, start: int = 0, output: int = 0) -> None:
+        """As `Writer.write`, for one output."""
         with self._ledger.writing(name, tensor, start) as values:
             self._values[name].view(-1)[start : start + values.numel()].copy_(values.reshape(-1))
+
+    def note(self, record: Mapping[str, object]) -> None:
+        """As `Writer.note`: nothing to be done in memory."""
 
     def add_file(self, relative: str, content: bytes | Path) -> None:
         """As `Writer.add_file`; the content is kept in `files`."""

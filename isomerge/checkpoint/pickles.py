@@ -2,7 +2,7 @@
 
 No class of torch and no code of the file's choosing comes to life. Everything the pickle can name is an immutable
 tuple, so that it cannot change this process either, and the unpickler is Python's own in Python: the one in C
-allocates 64 GiB for a memo index of four bytes.
+allocates 64 GiB for a memo index of four bytes. What makes a few bytes of a file cost memory or hours is refused.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -61,7 +61,10 @@ class Foreign(NamedTuple):
 
 
 class Table(dict[object, object]):
-    """An OrderedDict of the file; the attributes it carries (`_metadata`) are dropped."""
+    """An OrderedDict of the file, made empty and filled; the attributes it carries (`_metadata`) are dropped."""
+
+    def __init__(self) -> None:  # a copy of another table, and one of that, would cost a few bytes each
+        super().__init__()
 
     def __setstate__(self, state: object) -> None:
         del state
@@ -102,7 +105,7 @@ def _foreign(what: str) -> _Call:
 
 _ALLOWED: Mapping[str, object] = {
     "collections.OrderedDict": _Call(Table),
-    "collections.Counter": _Call(Table),
+    "collections.Counter": _foreign("a counter"),
     "builtins.set": _foreign("a set"),
     "builtins.bytearray": _foreign("a bytearray"),
     "builtins.complex": _foreign("a complex number"),
@@ -137,7 +140,56 @@ _ALLOWED: Mapping[str, object] = {
 }
 
 
+_HASHED = {  # opcode -> the keys among the items of the stack since the last mark
+    pickle.SETITEM: slice(-2, -1),
+    pickle.SETITEMS: slice(0, None, 2),
+    pickle.DICT: slice(0, None, 2),
+    pickle.ADDITEMS: slice(None),
+    pickle.FROZENSET: slice(None),
+}
+
+
+def _check_key(key: object) -> None:
+    """UnpicklingError for a key that is long to hash. A tuple is hashed anew each time, and all that it holds: one that
+    holds the same tuple twice, and so on forty levels deep, for ever.
+    """
+    parts = key if isinstance(key, tuple) else (key,)
+    numbers = [part for part in parts if isinstance(part, int)]
+    if len(parts) > 8 or any(isinstance(part, tuple) for part in parts) or any(n.bit_length() > 64 for n in numbers):
+        raise pickle.UnpicklingError("a key that is long to hash")
+
+
+def _checking(load: Callable[[Any], None], keys: slice) -> Callable[[Any], None]:
+    def checked(unpickler: Any) -> None:
+        for key in unpickler.stack[keys]:
+            _check_key(key)
+        load(unpickler)
+
+    return checked
+
+
+def _load_bytearray(unpickler: Any) -> None:
+    """Python's own makes the bytearray before it looks whether the file has as many bytes."""
+    unpickler.read(int.from_bytes(unpickler.read(8), "little"))
+    unpickler.append(Foreign("a bytearray"))
+
+
+def _load_reduce(unpickler: Any) -> None:
+    """Python, where it cannot make a call, shows in its message what was to be called, however long that is."""
+    function, arguments = unpickler.stack[-2:]
+    if not isinstance(function, _Call) or not isinstance(arguments, tuple):
+        raise pickle.UnpicklingError("not a call")
+    pickle._Unpickler.dispatch[pickle.REDUCE[0]](unpickler)
+
+
 class _Unpickler(pickle._Unpickler):
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **pickle._Unpickler.dispatch,
+        **{code[0]: _checking(pickle._Unpickler.dispatch[code[0]], keys) for code, keys in _HASHED.items()},
+        pickle.BYTEARRAY8[0]: _load_bytearray,
+        pickle.REDUCE[0]: _load_reduce,
+    }
+
     def find_class(self, module: str, name: str) -> Any:
         full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         try:
@@ -147,9 +199,11 @@ class _Unpickler(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, storage_type, key, _location, numel = pid
-        if kind != "storage" or not isinstance(storage_type, _StorageType) or not isinstance(key, str) or numel < 0:
+        if kind != "storage" or not isinstance(storage_type, _StorageType) or not isinstance(key, str):
             raise pickle.UnpicklingError("not a storage")
-        return Storage(storage_type.dtype, key, int(numel) * storage_type.dtype.itemsize)
+        if type(numel) is not int or not 0 <= numel < 2**63:
+            raise pickle.UnpicklingError("not the size of a storage")
+        return Storage(storage_type.dtype, key, numel * storage_type.dtype.itemsize)
 
 
 def describe(text: bytes) -> object:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -39,6 +41,7 @@ class Checkpoint(ABC):
     aliases     tied names -> the name in `tensors` that holds their values
     metadata    the `__metadata__` of the first safetensors shard, else empty
     side_files  what a user needs beside the weights; paths below `path`
+    modified    when each file was last written, by its name; {} for checkpoints in memory
     digest      sha256 (hex) of the headers (names, dtypes, shapes, offsets) and file sizes; independent of the path
     """
 
@@ -48,6 +51,7 @@ class Checkpoint(ABC):
     aliases: Mapping[str, str]
     metadata: Mapping[str, str]
     side_files: tuple[Path, ...]
+    modified: Mapping[str, str]
     digest: str
 
     def read(self, name: str, start: int = 0, count: int | None = None) -> Tensor:
@@ -65,6 +69,10 @@ class Checkpoint(ABC):
         out = torch.empty(length, dtype=info.dtype, device="cpu")
         self._fill(info, start, out)
         return out.reshape(info.shape) if start == 0 and count is None else out
+
+    def in_order(self, name: str) -> bool:
+        """Whether a tensor's elements stand as they are read: then reading a part costs what the part holds."""
+        return True
 
     @abstractmethod
     def _fill(self, info: TensorInfo, start: int, out: Tensor) -> None:
@@ -100,9 +108,19 @@ class Scan:
     views: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict)
 
 
+@contextmanager
+def open_header(path: Path) -> Iterator[FileIO]:
+    """The file at `path`, open for the block; InputError if it cannot be opened, or the disk fails in the block."""
+    with open_input(path) as file:
+        try:
+            yield file
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 def scan_safetensors(path: Path) -> Scan:
     """Read and prove the header of a safetensors file. Raises InputError."""
-    with open_input(path) as file:
+    with open_header(path) as file:
         stamp = Stamp.of(file.fileno())
         length = header_length(path, read_bytes(file.fileno(), 0, 64), stamp.size)
         header = read_bytes(file.fileno(), 8, length)
@@ -125,10 +143,14 @@ class FileCheckpoint(Checkpoint):
         self.aliases = {name: first for scan in scans for name, first in scan.aliases.items()}
         self.metadata = scans[0].metadata
         self.side_files = tuple(side_files)
+        self.modified = {scan.file.name: scan.stamp.modified for scan in scans}
         self.digest = digest((scan.header, scan.stamp.size) for scan in scans)
         self._stamps = {scan.file: scan.stamp for scan in scans}
         self._views = {name: view for scan in scans for name, view in scan.views.items()}
         self._pool = FilePool()
+
+    def in_order(self, name: str) -> bool:
+        return self.aliases.get(name, name) not in self._views
 
     def close(self) -> None:
         self._pool.close()

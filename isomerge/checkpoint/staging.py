@@ -1,7 +1,7 @@
 """A folder that appears whole or not at all: made under a hidden name beside its place, and renamed when complete.
 
-The hidden folder is locked (flock) for as long as its process lives. A folder that nobody locks is what a dead process
-left behind, and is removed by the next run to the same place.
+The hidden folder is locked (flock) for as long as its process lives. A hidden folder that nobody locks is what a dead
+process left: the next run to the same place continues in it, or clears it.
 """
 
 from __future__ import annotations
@@ -11,32 +11,35 @@ import fcntl
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from isomerge.errors import InputError
 
 _LOOKS_LIKE_A_MODEL = re.compile(r"(model.*\.safetensors|pytorch_model.*\.bin|.*\.index\.json|isomerge_.*)")
+_LOCK = ".lock"  # in the hidden folder: the file that is locked, with the number of the process in it
 
 
 class Staging:
-    """`folder` is the hidden one to write into; `commit` puts it in place, `abandon` removes it."""
+    """`folder` is the hidden one to write into; `commit` puts it in place, `abandon` removes it, `keep` leaves it."""
 
     def __init__(self, place: Path, *, overwrite: bool) -> None:
-        """Raises InputError if `place` exists (unless `overwrite`), or another live writer is at work on it."""
+        """Takes over what a dead process left. Raises InputError if `place` exists (unless `overwrite`), or another
+        live writer is at work on it.
+        """
         self.shown = place  # as the user wrote it
         self.place = Path(os.path.realpath(place))
         self.overwrite = overwrite
+        self.folder = hidden_folder(place)
         self._made: list[Path] = []
         try:
             _make_parents(self.place.parent, self._made)
             # The parent is locked while looking around, so that of two writers that start at once one is the second.
             parent = _lock(self.place.parent, wait=True)
             try:
-                _clear_leftovers(self.place, place)
+                self._restore_old()
                 self._check_place()
-                self.folder = _hidden(self.place, "partial")
-                self.folder.mkdir()
-                self._lock = _lock(self.folder, wait=False)
+                self._lock = self._take()
             finally:
                 _unlock(parent)
         except BaseException as error:
@@ -45,8 +48,19 @@ class Staging:
                 raise InputError(f"{place}: the output folder cannot be made here: {error.strerror}") from None
             raise
 
-    def commit(self) -> None:
-        """Move the folder to its place; one that is there already is replaced and removed."""
+    def clear(self) -> None:
+        """Remove everything in the hidden folder."""
+        for entry in self.folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != _LOCK:
+                entry.unlink()
+
+    def commit(self, without: Iterable[str] = ()) -> None:
+        """Move the folder to its place; one that is there already is replaced and removed.
+
+        The files `without` are removed when that is done: until then they serve the next run, if this one dies.
+        """
         for folder, _, _ in os.walk(self.folder):
             sync(Path(folder))
         parent = _lock(self.place.parent, wait=True)
@@ -62,10 +76,16 @@ class Staging:
                     os.rename(old, self.place)
                 raise
             sync(self.place.parent)
+            for name in (*without, _LOCK):
+                (self.place / name).unlink(missing_ok=True)
             if old is not None:
                 shutil.rmtree(old, ignore_errors=True)  # the next run to the same place removes what is left
         finally:
             _unlock(parent)
+        _unlock(self._lock)
+
+    def keep(self) -> None:
+        """Leave the hidden folder for the next run to the same place."""
         _unlock(self._lock)
 
     def abandon(self) -> None:
@@ -73,6 +93,39 @@ class Staging:
         shutil.rmtree(self.folder, ignore_errors=True)
         _unlock(self._lock)
         self._remove_parents()
+
+    def _take(self) -> int | None:
+        """The lock of the hidden folder, which is made if it is not there; InputError if a live process has it."""
+        if self.folder.is_symlink():
+            raise InputError(f"{self.shown}: {self.folder} is a link, expected a folder or nothing; remove it")
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / _LOCK
+        text = path.read_text() if path.exists() else ""
+        holder = int(text) if text.isdigit() else 0
+        busy = InputError(f"{self.shown}: process {holder} is writing to it; wait for it, or choose another folder")
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if not _flock(fd, wait=False) and _is_running(holder):  # no locks here: by the number of the process
+                raise busy
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode(), 0)
+        except BlockingIOError:
+            os.close(fd)
+            raise busy from None
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _restore_old(self) -> None:
+        """Put back the output that a process had moved aside when it died, or remove it when its successor stands."""
+        old = _hidden(self.place, "old")
+        if old.is_symlink() or not old.is_dir():
+            return
+        if os.path.lexists(self.place):
+            shutil.rmtree(old)
+        else:
+            os.rename(old, self.place)
 
     def _check_place(self) -> None:
         place = self.place
@@ -82,7 +135,7 @@ class Staging:
             raise InputError(f"{self.shown}: the output exists, expected a new folder; choose another or overwrite it")
         if not place.is_dir():
             raise InputError(f"{self.shown}: the output is a file, expected a folder; choose another name")
-        names = os.listdir(place)
+        names = [name for folder in (place, *place.glob("alpha-*/")) for name in os.listdir(folder)]
         if names and not any(_LOOKS_LIKE_A_MODEL.fullmatch(name) for name in names):
             raise InputError(
                 f"{self.shown}: the output to overwrite does not look like a model, it has no weights; choose another"
@@ -97,6 +150,16 @@ class Staging:
                 return
 
 
+def hidden_folder(place: Path) -> Path:
+    """Where the output `place` is written until it is whole."""
+    return _hidden(Path(os.path.realpath(place)), "partial")
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes that the files below a folder take of the disk."""
+    return sum(file.lstat().st_blocks * 512 for file in folder.rglob("*"))
+
+
 def sync(path: Path) -> None:
     """Make the bytes of a file, or the names in a folder, durable."""
     fd = os.open(path, os.O_RDONLY)
@@ -107,7 +170,7 @@ def sync(path: Path) -> None:
 
 
 def _hidden(place: Path, kind: str) -> Path:
-    return place.parent / f".{place.name}.{kind}-{os.getpid()}"
+    return place.parent / f".{place.name}.{kind}"
 
 
 def _make_parents(parent: Path, made: list[Path]) -> None:
@@ -119,20 +182,30 @@ def _make_parents(parent: Path, made: list[Path]) -> None:
 
 
 def _lock(folder: Path, *, wait: bool) -> int | None:
-    """A descriptor that holds the lock; None where the file system has no locks. BlockingIOError if another has it."""
+    """A descriptor that holds the lock of a folder; None where the file system has no locks for folders."""
     fd = os.open(folder, os.O_RDONLY)
+    try:
+        if _flock(fd, wait=wait):
+            return fd
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
+
+
+def _flock(fd: int, *, wait: bool) -> bool:
+    """Lock an open file: False where the file system has no locks. BlockingIOError if another has it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        os.close(fd)
         raise
     except OSError as error:
-        os.close(fd)
-        # NFS answers EBADF: it wants a descriptor open for writing, which a folder cannot have.
+        # NFS answers EBADF for a folder: it wants a descriptor open for writing.
         if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, errno.EBADF):
-            return None
+            return False
         raise
-    return fd
+    return True
 
 
 def _unlock(fd: int | None) -> None:
@@ -140,14 +213,8 @@ def _unlock(fd: int | None) -> None:
         os.close(fd)
 
 
-def _is_alive(folder: Path, pid: int) -> bool:
-    """Whether a process is at work in a hidden folder: by its lock, or by its number where there are no locks."""
-    try:
-        fd = _lock(folder, wait=False)
-    except BlockingIOError:
-        return True
-    if fd is not None:
-        _unlock(fd)
+def _is_running(pid: int) -> bool:
+    if pid <= 0:
         return False
     try:
         os.kill(pid, 0)
@@ -156,19 +223,3 @@ def _is_alive(folder: Path, pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _clear_leftovers(place: Path, shown: Path) -> None:
-    """Remove what dead processes left for this place, and put back an old output that one had moved aside."""
-    pattern = re.compile(re.escape(f".{place.name}.") + r"(partial|old)-(\d+)")
-    matches = [match for entry in place.parent.iterdir() if (match := pattern.fullmatch(entry.name))]
-    for match in sorted(matches, key=lambda match: match[1], reverse=True):  # partial before old
-        entry = place.parent / match[0]
-        if entry.is_symlink() or not entry.is_dir():
-            continue
-        if match[1] == "partial" and _is_alive(entry, int(match[2])):
-            raise InputError(f"{shown}: process {match[2]} is writing to it; wait for it, or choose another folder")
-        if match[1] == "old" and not os.path.lexists(place):
-            os.rename(entry, place)
-        else:
-            shutil.rmtree(entry)

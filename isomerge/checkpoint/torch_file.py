@@ -15,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from isomerge.checkpoint.files import Stamp, open_input, read_bytes
-from isomerge.checkpoint.format import DTYPE_NAMES, MAX_HEADER, element_count, show
+from isomerge.checkpoint.files import Stamp, read_bytes
+from isomerge.checkpoint.format import DTYPE_NAMES, MAX_HEADER, element_count
 from isomerge.checkpoint.pickles import ForbiddenGlobal, Foreign, Record, Storage, Table, describe
-from isomerge.checkpoint.reader import Scan, TensorInfo
+from isomerge.checkpoint.reader import Scan, TensorInfo, open_header
+from isomerge.checkpoint.show import show
 from isomerge.checkpoint.views import span
 from isomerge.errors import InputError
 
@@ -40,7 +41,7 @@ def scan_torch_file(path: Path) -> Scan:
     The file holds names -> tensors, or a mapping with such a table under `state_dict`, `model` or `module`; values
     that are no tensors are left out. Names tied to the same elements become aliases of the first.
     """
-    with open_input(path) as file:
+    with open_header(path) as file:
         stamp = Stamp.of(file.fileno())
         places = _read_directory(path, file, stamp.size)
         pickled = places["data.pkl"]
@@ -180,12 +181,15 @@ def _resolve(path: Path, name: str, record: Record, places: Mapping[str, _Place]
     place = places.get(f"data/{storage.key}", _Place(0, 0))
     if storage.nbytes > place.nbytes:
         raise InputError(
-            f"{where} its storage data/{storage.key} has {place.nbytes} bytes, expected {storage.nbytes}; {_REFETCH}"
+            f"{where} its storage data/{show(storage.key)[1:-1]} has {place.nbytes} bytes, expected {storage.nbytes};"
+            f" {_REFETCH}"
         )
     try:
         base = torch.empty(storage.nbytes // dtype.itemsize, dtype=dtype, device="meta")
         view = base.as_strided(shape, stride, offset)
-        inside = element_count(shape) < 2**63 and (view.numel() == 0 or offset + span(view) <= base.numel())
+        inside = element_count(max(size, 1) for size in shape) < 2**63 and (
+            view.numel() == 0 or offset + span(view) <= base.numel()
+        )
     except (RuntimeError, TypeError, OverflowError):
         inside = False
     if not inside:

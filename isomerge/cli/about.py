@@ -32,12 +32,13 @@ def doctor_command() -> None:
     """Show versions, devices and which backend can run which op here, with the reasons."""
     import torch
 
-    from isomerge.backends import BACKENDS, table
+    from isomerge.backends import BACKENDS, lapack, table
 
     screen.print(f"isomerge {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     screen.print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     screen.print(f"devices: {', '.join(['cpu', *devices])}", markup=False)
+    screen.print(f"partial eigensolves on the CPU: {lapack.availability() or 'yes, by scipy'}", markup=False)
     for device in ("cpu", *["cuda"] * bool(devices)):
         alike: dict[tuple[str, str | None], list[str]] = {}
         for op, backend, reason in sorted(table(device), key=lambda cell: list(BACKENDS).index(cell[1])):

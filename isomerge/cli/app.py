@@ -13,6 +13,7 @@ from isomerge.cli import console
 from isomerge.cli.about import doctor_command, methods_command
 from isomerge.cli.merging import merge_command, plan_command
 from isomerge.cli.statistics import capture_command, inspect_command
+from isomerge.cli.verifying import verify_command
 from isomerge.errors import InputError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app.command("merge")(merge_command)
 app.command("plan")(plan_command)
 app.command("capture")(capture_command)
 app.command("inspect")(inspect_command)
+app.command("verify")(verify_command)
 app.command("methods")(methods_command)
 app.command("doctor")(doctor_command)
 
@@ -53,7 +55,7 @@ def main() -> None:
     except InputError as error:
         sys.exit(_fail(str(error), 2))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(_fail("interrupted; nothing was written", 130))
+        sys.exit(_fail("interrupted" + ("" if console.hint else "; nothing was written"), 130))
     except _USAGE_ERROR as error:
         sys.exit(_fail(_click_message(error), 2))
     except BrokenPipeError:  # `isomerge plan | head`
@@ -67,7 +69,8 @@ def main() -> None:
 def _fail(message: str, code: int) -> int:
     if console.debug:
         traceback.print_exc()
-    print(f"isomerge: {' '.join(message.split())}", file=sys.stderr)
+    parts = (message, console.hint) if console.hint else (message,)
+    print(f"isomerge: {' '.join('; '.join(parts).split())}", file=sys.stderr)
     return code
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from isomerge.cli.console import screen, set_debug
+from isomerge.cli.console import screen, set_debug, set_hint, warn
 from isomerge.cli.progress import duration, merge_progress
 from isomerge.errors import InputError
 
@@ -37,15 +39,18 @@ def merge_command(
         bool, typer.Option("--allow-nonfinite", help="Leave NaN and Inf of experts out of the merge.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard what an interrupted merge into OUT has left.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print a traceback when something fails.")] = False,
 ) -> None:
-    """Merge the models of RECIPE into the folder OUT."""
+    """Merge the models of RECIPE into the folder OUT, or go on with a merge into it that was interrupted."""
     set_debug(debug)
     from isomerge.merge import merge
     from isomerge.output import gigabytes
 
     shard_bytes, bounds = _size(shard_size, "--shard-size"), _bounds(max_memory, max_gpu_memory)
-    with merge_progress(quiet) as progress:
+    with _saying_what_is_kept(out), merge_progress(quiet) as progress:
         report = merge(
             recipe,
             out,
@@ -54,33 +59,56 @@ def merge_command(
             device=device,
             **bounds,
             allow_nonfinite=allow_nonfinite,
+            restart=restart,
             progress=progress,
         )
     if quiet:
         return
     totals = report.totals
-    for warning in report.warnings:
-        screen.print(f"warning: {warning}", markup=False)
+    warn(report.warnings)
+    frozen = f" ({totals.frozen} frozen)" if totals.frozen else ""
     peak = "" if totals.peak_bytes is None else f", peak memory {gigabytes(totals.peak_bytes)}"
+    restored = f", {totals.restored} parts from an interrupted merge" if totals.restored else ""
     screen.print(
-        f"{out}: {totals.tensors} tensors, {totals.matrices} matrices, {gigabytes(totals.bytes_written)} "
-        f"in {duration(totals.seconds)}{peak}",
+        f"{out}: {totals.tensors} tensors{frozen}, {totals.matrices} matrices, {gigabytes(totals.bytes_written)} "
+        f"in {duration(totals.seconds)}{peak}{restored}",
         markup=False,
     )
 
 
+@contextmanager
+def _saying_what_is_kept(out: Path) -> Iterator[None]:
+    """When a merge fails or is interrupted: how to go on with what it has written."""
+    from isomerge.checkpoint import hidden_folder
+    from isomerge.errors import NonFiniteError
+
+    try:
+        yield
+    except BaseException as error:
+        kept = hidden_folder(out)
+        if kept.is_dir() and (not isinstance(error, InputError) or isinstance(error, NonFiniteError)):
+            set_hint(f"what is merged is kept in {kept}: the same command goes on from there, --restart discards it")
+        raise
+
+
 def plan_command(
     recipe: _Recipe,
-    out: Annotated[Path | None, typer.Argument(help="Folder to check the space for.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Argument(help="Folder whose disk to check for space and speed.", show_default=False)
+    ] = None,
     max_memory: _Memory = None,
     device: _Device = "cpu",
     max_gpu_memory: _GpuMemory = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="Print one line per tensor.")] = False,
+    timed: Annotated[
+        bool, typer.Option("--time/--no-time", help="Measure this machine for some seconds to estimate the time.")
+    ] = True,
     debug: Annotated[bool, typer.Option("--debug", help="Print a traceback when something fails.")] = False,
 ) -> None:
-    """Show what a merge of RECIPE would do and cost, from the headers alone."""
+    """Show what a merge of RECIPE would do and cost: from the headers alone, but for the time."""
     set_debug(debug)
+    from isomerge.cli.timing import estimated, print_time
     from isomerge.merge import open_job
     from isomerge.output import check_output
     from isomerge.report import plan_data
@@ -90,10 +118,15 @@ def plan_command(
         if out is not None:
             inputs = [m.path for m in (plan.settings.base, *plan.settings.models) if m.path is not None]
             check_output(out, plan.disk_bytes, inputs)
+        estimate = estimated(job, out) if timed else None
     if as_json:
-        typer.echo(json.dumps(plan_data(plan, tensors), indent=1, ensure_ascii=False))
+        data = plan_data(plan, tensors, None if estimate is None else estimate.as_data())
+        typer.echo(json.dumps(data, indent=1, ensure_ascii=False))
         return
     _print_plan(plan)
+    if estimate is not None:
+        print_time(estimate)
+    warn(plan.warnings)
     if tensors:
         _print_tensors(plan)
 
@@ -138,8 +171,6 @@ def _print_plan(plan: Plan) -> None:
         f"{gigabytes(plan.bytes_read)} read, peak memory about {gigabytes(plan.peak_bytes)}{gpu}, "
         f"disk {gigabytes(plan.disk_bytes)}"
     )
-    for warning in plan.warnings:
-        screen.print(f"warning: {warning}", markup=False)
 
 
 def _print_tensors(plan: Plan) -> None:
@@ -148,8 +179,12 @@ def _print_tensors(plan: Plan) -> None:
             what = "keep"
         else:
             parameters = ", ".join(f"{name}={value}" for name, value in a.call.parameters.items())
-            what = f"{a.call.method}({parameters})" + (f" alpha={a.call.alpha:g}" if a.call.alpha != 1 else "")
+            what = f"{a.call.method}({parameters})" + _alphas(a.call.alphas)
         shape = "x".join(map(str, a.shape)) or "scalar"
         layout = " stored in x out" if a.kind.transposed else ""
         stack = f" {a.kind.slices} matrices" if a.kind.slices > 1 else ""
         screen.print(f"{a.name}  {shape}  {a.kind.kind}{stack}{layout}  {what}", markup=False)
+
+
+def _alphas(alphas: tuple[float, ...]) -> str:
+    return "" if alphas == (1.0,) else " alpha=" + ",".join(f"{alpha:g}" for alpha in alphas)

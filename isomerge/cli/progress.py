@@ -113,6 +113,17 @@ def layers_progress() -> Iterator[Callable[[int, int, str], None] | None]:
         yield lambda done, total, name: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def verify_progress(quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+    """As `layers_progress`, for the bytes of a verification."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    with _bar("verifying", TaskProgressColumn(), TextColumn("{task.fields[name]}")) as bar:
+        task = bar.add_task("verifying", total=None, name="")
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, name=name)
+
+
 def _of_bytes(state: MergeProgress) -> str:
     from isomerge.output import gigabytes
 

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from isomerge.cli.console import screen, set_debug
+from isomerge.cli.console import screen, set_debug, warn
 from isomerge.cli.progress import capture_progress, duration, layers_progress
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ def capture_command(
         )
     if quiet:
         return
-    for warning in found.warnings:
-        screen.print(f"warning: {warning}", markup=False)
+    warn(found.warnings)
     screen.print(
         f"{out}: {len(found.layers)} layers, {found.tokens} tokens of {found.samples} samples, "
         f"{gigabytes(out.stat().st_size)} in {duration(time.monotonic() - started)}",
@@ -166,8 +165,7 @@ def _print_file(file: File) -> None:
     for types, count in alike.items():
         times = "" if count == 1 else f" ({count} times)"
         screen.print(f"one moment for {', '.join(types)}{times}", markup=False)
-    for warning in file.warnings:
-        screen.print(f"warning: {warning}", markup=False)
+    warn(file.warnings)
 
 
 def _print_table(heads: list[str], cells: list[list[str]]) -> None:

@@ -212,6 +212,8 @@ def check_parameters(method: str, parameters: Mapping[str, object]) -> dict[str,
 
 def _checked(parameter: Parameter, value: object) -> object:
     where = f"parameters.{parameter.name}"
+    if isinstance(value, int) and value.bit_length() > 1000:
+        raise InputError(f"{where}: expected a {parameter.type.__name__}, got one of {value.bit_length()} bits")
     if parameter.type is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, parameter.type) or (isinstance(value, bool) and parameter.type is not bool):

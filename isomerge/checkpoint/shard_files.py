@@ -1,0 +1,120 @@
+"""The files of weights of an output under way: written at known offsets, checked, and finished one by one."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from torch import Tensor
+
+from isomerge.checkpoint.files import FilePool, crc32_at, sha256_of, write_from
+from isomerge.checkpoint.shards import Shard
+from isomerge.checkpoint.staging import sync
+
+PART = ".part"  # ends every file name until the file is complete, so that nothing half done looks like a model
+_MAX_OPEN = 64  # shards; groups of equal matrices go through all of them in turn
+
+
+class ShardFiles:
+    """The same shards in each of the folders `outputs` below `folder`. A file that is complete is fsynced, summed and
+    renamed in a thread, while others are written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        outputs: Sequence[str],
+        shards: Sequence[Shard],
+        *,
+        summed: Mapping[str, str],
+        finished: Callable[[str, str], None],
+    ) -> None:
+        """Makes the files, or takes those that are there: whole ones if their SHA-256 is the one in `summed`, by path
+        below `folder`. `finished(path, sha256)` is called, in a thread, for every file that is complete.
+        """
+        self._folder, self._tell = folder, finished
+        self._paths = [[f"{name}/{shard.name}" if name else shard.name for shard in shards] for name in outputs]
+        self._places = {
+            entry.name: (index, len(shard.header) + entry.begin, entry.dtype.itemsize)
+            for index, shard in enumerate(shards)
+            for entry in shard.entries
+        }
+        elements = [sum((entry.end - entry.begin) // entry.dtype.itemsize for entry in s.entries) for s in shards]
+        self._missing = {path: count for paths in self._paths for path, count in zip(paths, elements, strict=True)}
+        self._pool = FilePool(writable=True, max_open=_MAX_OPEN)
+        self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="isomerge-finish")
+        self._sums: dict[str, Future[str]] = {}
+        self._lock = threading.Lock()
+        for name, paths in zip(outputs, self._paths, strict=True):
+            (folder / name).mkdir(exist_ok=True)
+            for path, shard in zip(paths, shards, strict=True):
+                self._open(path, shard, summed.get(path))
+
+    def file(self, output: int, name: str) -> Path:
+        """The file under way that holds a tensor."""
+        return self._folder / (self._paths[output][self._places[name][0]] + PART)
+
+    def write(self, output: int, name: str, start: int, values: Tensor) -> None:
+        """Put contiguous values at flat index `start` of a tensor."""
+        _, offset, itemsize = self._places[name]
+        with self._pool.use(self.file(output, name)) as fd:
+            write_from(fd, offset + start * itemsize, values)
+
+    def stands(self, output: int, name: str, start: int, count: int, checksum: int) -> bool:
+        """Whether elements of a tensor are on the disk, with this CRC-32 where their file is not yet finished."""
+        index, offset, itemsize = self._places[name]
+        if self._paths[output][index] in self._sums:
+            return True
+        with self._pool.use(self.file(output, name)) as fd:
+            return crc32_at(fd, offset + start * itemsize, count * itemsize) == checksum
+
+    def count(self, output: int, name: str, count: int) -> None:
+        """`count` elements of a tensor are done for good; with the last of a file it is finished."""
+        path = self._paths[output][self._places[name][0]]
+        with self._lock:
+            self._missing[path] -= count
+            if self._missing[path] == 0:
+                self._finish(path)
+
+    def finish(self) -> list[dict[str, str]]:
+        """For each output the SHA-256 of its files by name, when all of them are on the disk under their own names."""
+        with self._lock:
+            for paths in self._paths:
+                for path in paths:
+                    self._finish(path)
+        return [{Path(path).name: self._sums[path].result() for path in paths} for paths in self._paths]
+
+    def close(self) -> None:
+        """Let go of the files, where they are."""
+        self._finisher.shutdown(wait=True, cancel_futures=True)
+        self._pool.close(sync=False)
+
+    def _open(self, path: str, shard: Shard, expected: str | None) -> None:
+        whole, part = self._folder / path, self._folder / (path + PART)
+        if whole.exists():
+            if expected is not None and sha256_of(whole) == expected:
+                known: Future[str] = Future()
+                known.set_result(expected)
+                self._sums[path] = known
+                return
+            os.replace(whole, part)
+        with open(part, "r+b" if part.exists() else "w+b") as file:
+            if file.read(len(shard.header)) != shard.header:
+                file.truncate(0)
+                file.seek(0)
+                file.write(shard.header)
+
+    def _finish(self, path: str) -> None:
+        if path not in self._sums:
+            self._sums[path] = self._finisher.submit(self._finish_file, path)
+
+    def _finish_file(self, path: str) -> str:
+        part = self._folder / (path + PART)
+        sync(part)
+        digest = sha256_of(part)
+        os.rename(part, self._folder / path)
+        self._tell(path, digest)
+        return digest

@@ -1,0 +1,218 @@
+"""From checkpoints to deltas, in runs that stay in a core's cache from the file to the last subtraction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from isomerge import nonfinite
+from isomerge.backends.side_by_side import single_threaded
+from isomerge.deltas import Group, Mapped, Read, Result, Stack, Unit, empty_stack, moment_bytes
+from isomerge.errors import InputError
+from isomerge.place import Place
+
+if TYPE_CHECKING:
+    from isomerge.checkpoint import Checkpoint
+
+RUN_ELEMENTS = 2**19
+"""Of a tensor that are read and subtracted at a time: 2 MiB in float32, for the cache."""
+
+
+class MomentSource(Protocol):
+    """The second moments of one expert's layers."""
+
+    label: str
+
+    def moment(self, name: str) -> Tensor:
+        """YᵀY [d, d] of the layer with the weight `name`; InputError unless it is a finite second moment."""
+        ...
+
+
+class DeltaReader:
+    """Reads groups: delta_t = weight_t * (expert_t - base), the difference taken in the group's dtype, never below,
+    and where the group asks for them the second moments: YᵀY for inputs, weight_t² YᵀY for shifts Y = X delta_tᵀ.
+
+    On the CPU `workers` threads, by default as many as torch's, read and subtract runs of `RUN_ELEMENTS` side by side;
+    no byte depends on their number. For another `place` everything is uploaded and computed there as `Place.reading`
+    says. A context manager, to be made where no other thread calls torch.
+
+    InputError names the file, the tensor and the count when a value is not finite. With `allow_nonfinite` such an
+    entry of an expert counts as a delta of zero; in the base it is an error always.
+    """
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        experts: Sequence[Checkpoint],
+        weights: Sequence[float],
+        *,
+        moments: Sequence[MomentSource] = (),
+        allow_nonfinite: bool = False,
+        place: Place | None = None,
+        workers: int | None = None,
+    ) -> None:
+        self._place = place or Place()
+        self._base, self._experts, self._weights, self._moments = base, experts, weights, moments
+        self._allow_nonfinite = allow_nonfinite
+        self._free: list[Tensor] = []  # memory of units that are done: fresh pages cost as much as the arithmetic
+        self._pool: ThreadPoolExecutor | None = None
+        if self._place.memory() is None:
+            self._pool = single_threaded(workers or torch.get_num_threads(), "isomerge-delta")
+
+    def close(self) -> None:
+        """Ends the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def __enter__(self) -> DeltaReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def read(self, group: Group) -> Stack:
+        """A group's deltas, base and moments."""
+        m, n, T = group.m, group.n, len(self._experts)
+        deltas = empty_stack(len(group.units), T, m, n, group.dtype, self._place.device)
+        stack = Stack(deltas=deltas, base=[self._empty(group) for _ in group.units])
+        targets = list(zip(group.units, stack.base, deltas, strict=True))
+        runs = [self._runs(unit, group) for unit in group.units]
+        calls = [
+            partial(self._subtract, group, *t, *run) for t, mine in zip(targets, runs, strict=True) for run in mine
+        ]
+        squares = iter(self._each(calls))
+        for (unit, base, delta), mine in zip(targets, runs, strict=True):
+            self._prove(stack, group, unit, base, delta, sum(next(squares) for _ in mine))
+        if group.moment_size:
+            stack.moments = self._read_moments(group)
+            stack.bytes_read += len(group.units) * T * moment_bytes(group.moment_size)
+        return stack
+
+    def map(self, group: Group, function: Callable[[Unit, Tensor, Tensor], Result]) -> Mapped[Result]:
+        """What `function` makes of each unit, its base [m, n] and its deltas [T, m, n], on the CPU: called in the
+        thread that has read them, while they are in its cache. They are not to be kept, the next unit overwrites them.
+        """
+        mapped = Mapped[Result]()
+        shape = 1 + len(self._experts), group.m, group.n
+        if any(buffer.shape != shape or buffer.dtype != group.dtype for buffer in self._free):
+            self._free.clear()
+
+        def one(unit: Unit) -> tuple[Result, Read]:
+            found, models = Read(), self._free.pop() if self._free else torch.empty(shape, dtype=group.dtype)
+            base, deltas = models[0], models[1:]
+            square = sum(self._subtract(group, unit, base, deltas, *run) for run in self._runs(unit, group))
+            self._prove(found, group, unit, base, deltas, square)
+            result = function(unit, base, deltas)
+            self._free.append(models)
+            return result, found
+
+        for result, found in self._each([partial(one, unit) for unit in group.units]):
+            mapped.results.append(result)
+            mapped.add(found)
+        return mapped
+
+    def base_bytes(self, unit: Unit) -> int:
+        """Bytes that reading the base's values of a unit takes."""
+        return _nbytes(self._base, unit.name, unit)
+
+    def read_base(self, unit: Unit, group: Group) -> Tensor:
+        """The base's values of a unit, [m, n] in the group's dtype; InputError unless they are finite."""
+        values = self._empty(group)
+        _rows(values, group).copy_(self._read(self._base, unit.name, unit, group))
+        nonfinite.check_base(values, self._base, unit.name)
+        return values
+
+    def _runs(self, unit: Unit, group: Group) -> list[tuple[int, int]]:
+        """(first, count) of the rows of a unit, as it is stored, that are read at a time."""
+        rows, columns = (group.n, group.m) if group.transposed else (group.m * group.n, 1)
+        sources = (self._base, unit.name), *zip(self._experts, unit.sources, strict=True)
+        parts = self._pool is not None and all(checkpoint.in_order(name) for checkpoint, name in sources)
+        step = max(1, RUN_ELEMENTS // columns) if parts else max(1, rows)
+        return [(first, min(step, rows - first)) for first in range(0, rows, step)]
+
+    def _subtract(self, group: Group, unit: Unit, base: Tensor, deltas: Tensor, first: int, count: int) -> float:
+        """Fills rows of the base [m, n] and of the deltas [T, m, n]; returns ||sum of the deltas||² in them."""
+        rows = slice(first, first + count)
+        values = _rows(base, group)[rows]
+        values.copy_(self._read(self._base, unit.name, unit, group, first, count))
+        total: Tensor | None = None
+        for expert, name, weight, delta in zip(self._experts, unit.sources, self._weights, deltas, strict=True):
+            target = _rows(delta, group)[rows]
+            target.copy_(self._read(expert, name, unit, group, first, count)).sub_(values)
+            if weight != 1.0:
+                target.mul_(weight)
+            total = target.clone() if total is None else total.add_(target)
+        assert total is not None
+        return _square(total)
+
+    def _prove(self, found: Read, group: Group, unit: Unit, base: Tensor, deltas: Tensor, square: float) -> None:
+        """Notes what a unit took; `square` is ||sum of the deltas||² as it was computed. If that is finite so are all
+        values, for one NaN or Inf in any model makes it NaN or Inf; else each is looked at.
+        """
+        sources = list(zip(self._experts, unit.sources, strict=True))
+        found.bytes_read += self.base_bytes(unit) + sum(_nbytes(expert, name, unit) for expert, name in sources)
+        if not math.isfinite(square):
+            nonfinite.check_base(base, self._base, unit.name)
+            for t, (expert, name) in enumerate(sources):
+                raw = partial(self._read, expert, name, unit, group)
+                if count := nonfinite.zero(deltas[t], raw, expert, name, allowed=self._allow_nonfinite):
+                    found.nonfinite[t, unit.name] = count
+            square = _square(deltas.sum(0))
+        found.sum_squares.append(square)
+
+    def _each(self, calls: Sequence[Callable[[], Result]]) -> list[Result]:
+        """The results of the calls in order, side by side on the CPU; the first exception is raised here."""
+        if self._pool is None:
+            return [call() for call in calls]
+        return list(self._pool.map(lambda call: call(), calls))
+
+    def _read_moments(self, group: Group) -> Tensor:
+        d = group.moment_size
+        moments = empty_stack(len(group.units), len(self._moments), d, d, group.dtype, self._place.device)
+        for t, (source, weight) in enumerate(zip(self._moments, self._weights, strict=True)):
+            for unit, target in zip(group.units, moments[:, t], strict=True):
+                name = unit.sources[t]
+                target.copy_(self._place.up(source.moment(name)))
+                if d != group.n and weight != 1.0:  # of the shifts X deltaᵀ: they scale as the delta does
+                    target.mul_(weight**2)
+                if not bool(torch.isfinite(target.sum())) and not bool(torch.isfinite(target).all()):
+                    raise InputError(
+                        f"{source.label}: {name}: second moments overflow {str(target.dtype)[6:]}; set `dtype: float64`"
+                    )
+        return moments
+
+    def _read(
+        self, checkpoint: Checkpoint, name: str, unit: Unit, group: Group, first: int = 0, count: int | None = None
+    ) -> Tensor:
+        """Rows of a unit as they are stored, [rows, columns], in the checkpoint's dtype; all by default."""
+        columns = group.m if group.transposed else 1
+        length = unit.count if count is None else count * columns
+        values = checkpoint.read(name, unit.start + first * columns, length)
+        return self._place.up(values).view(-1, columns)
+
+    def _empty(self, group: Group) -> Tensor:
+        return torch.empty(group.m, group.n, dtype=group.dtype, device=self._place.device)
+
+
+def _rows(values: Tensor, group: Group) -> Tensor:
+    """[m, n] -> the same memory in the order in which a checkpoint stores it: [n, m], or every element a row."""
+    return values.mT if group.transposed else values.view(-1, 1)
+
+
+def _nbytes(checkpoint: Checkpoint, name: str, unit: Unit) -> int:
+    return unit.count * checkpoint.tensors[name].dtype.itemsize
+
+
+def _square(values: Tensor) -> float:
+    """||values||_F²; summed in float64 where the squares overflow the values' own dtype."""
+    norm = float(torch.linalg.vector_norm(values))
+    return norm**2 if math.isfinite(norm) else float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2

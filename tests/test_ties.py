@@ -1,0 +1,63 @@
+"""TIES on tensors larger than a block, and the selection of its thresholds: bit for bit as by definition."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from isomerge.methods import ties
+from isomerge.methods.selection import kth_largest
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def by_definition(deltas: Tensor, density: float) -> Tensor:
+    """[T, m, n] -> [m, n], element by element in Python."""
+    T, m, n = deltas.shape
+    kept = int(density * m * n)
+    rows = deltas.reshape(T, -1)
+    limits = [row.abs().sort(descending=True).values[kept - 1] for row in rows]
+    trimmed = [[float(v) if abs(v) >= limit else 0.0 for v in row] for row, limit in zip(rows, limits, strict=True)]
+    columns = list(zip(*trimmed, strict=True))
+    sums = [sum(v for v in column if v > 0) - sum(-v for v in column if v < 0) for column in columns]
+    majority = sum((s > 0) - (s < 0) for s in sums)
+    merged = []
+    for column, total in zip(columns, sums, strict=True):
+        sign = total or majority
+        agreeing = [v for v in column if v * sign > 0]
+        merged.append(sum(agreeing) / len(agreeing) if agreeing else 0.0)
+    return torch.tensor(merged, dtype=deltas.dtype).view(m, n)
+
+
+def whole_numbers(*shape: int, seed: int) -> Tensor:
+    """Small whole numbers: sums are exact, and many are zero, so that the majority decides."""
+    return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+@pytest.mark.parametrize("block", [1, 7, 60, 10**6])
+@pytest.mark.parametrize("density", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, block: int, density: float, seed: int) -> None:
+    monkeypatch.setattr(sys.modules["isomerge.methods.ties"], "BLOCK", block)
+    deltas = whole_numbers(2, 3, 12, 10, seed=seed)
+    merged = ties(deltas, density=density)
+    exact = torch.stack([by_definition(unit, density) for unit in deltas])
+    assert torch.equal(merged.view(torch.int32), exact.view(torch.int32)), "to the sign of zero"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [5, 2**18])
+@pytest.mark.parametrize("digit", [2, 8, 16])
+def test_kth_largest(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block: int, digit: int) -> None:
+    monkeypatch.setattr("isomerge.methods.selection.BLOCK", block)
+    monkeypatch.setattr("isomerge.methods.selection.DIGIT", digit)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(200, generator=generator, dtype=torch.float64)
+    hostile = torch.tensor([0.0, -0.0, 1e-7, -1e-7, 6e4, -6e4, float("inf"), 1.0, 1.0, -1.0])
+    for values in (noise, noise.exp(), whole_numbers(200, seed=1), torch.zeros(9), hostile, noise[:1]):
+        magnitudes = values.to(dtype).abs().sort(descending=True).values
+        for k in {1, 2, 5, 9, len(values) // 2, len(values) - 1, len(values)} & set(range(1, len(values) + 1)):
+            assert kth_largest(values.to(dtype), k) == magnitudes[k - 1]
