@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 TASKS  ?= 5
 BIN    := $(VENV)/bin
 
-.PHONY: test demo ablation bench bench-gpu lint clean
+.PHONY: test demo ablation bench bench-disk bench-gpu lint clean
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
@@ -27,6 +27,10 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python benchmarks/merges.py
 	$(BIN)/python benchmarks/memory.py
+
+# 13 GB of disk; MERGEKIT=/path/to/bin/mergekit-yaml to compare
+bench-disk: $(VENV)/.test $(VENV)/.bench
+	$(BIN)/python benchmarks/from_disk.py $(if $(MERGEKIT),--mergekit $(MERGEKIT))
 
 # on a machine with an NVIDIA GPU and a torch for it: make bench-gpu TORCH=torch==x.y.z
 bench-gpu: $(VENV)/.test $(VENV)/.bench

@@ -48,6 +48,7 @@ def merge(
     max_memory: int | None = None,
     device: str = "cpu",
     max_gpu_memory: int | None = None,
+    workers: int | None = None,
     allow_nonfinite: bool = False,
     restart: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -57,7 +58,8 @@ def merge(
     `recipe` is a YAML file, or its content as a mapping (relative paths then start at the working directory).
     `group_bytes` bounds the deltas and moments that are read at a time, one unit at least; by default the plan chooses.
     `max_memory` bounds the process's memory, in bytes. On a `device` such as "cuda" groups are computed there, within
-    `max_gpu_memory`, by default nine tenths of what is free. No result depends on the bounds.
+    `max_gpu_memory`, by default nine tenths of what is free. `workers` threads read side by side, by default as many
+    as torch has. No result depends on the bounds or on their number.
     With `allow_nonfinite`, NaN and Inf entries of experts count as a delta of zero. InputError, with nothing written,
     for any mistake in the inputs; the folder appears whole at the end, or not at all. Where the process was killed, or
     the disk was full, the same call goes on from what is done, to the same bytes; with `restart` from the beginning. A
@@ -65,7 +67,7 @@ def merge(
     """
     out = Path(out)
     bounds = {"group_bytes": group_bytes, "max_memory": max_memory, "max_gpu_memory": max_gpu_memory}
-    with open_job(recipe, device=device, **bounds) as job:
+    with open_job(recipe, device=device, workers=workers, **bounds) as job:
         settings = job.plan.settings
         inputs = [model.path for model in (settings.base, *settings.models) if model.path is not None]
         inputs += [model.statistics_path for model in settings.models if model.statistics_path is not None]
@@ -199,6 +201,7 @@ def open_job(
     group_bytes: int | None = None,
     max_memory: int | None = None,
     max_gpu_memory: int | None = None,
+    workers: int | None = None,
 ) -> Iterator[Job]:
     """The plan of a recipe with its checkpoints open; bounds as in `merge`. InputError for every mistake that headers
     can show, and for statistics of other models, of which a few KB per layer are read.
@@ -207,6 +210,8 @@ def open_job(
 
     settings = parse_recipe(recipe, Path()) if isinstance(recipe, Mapping) else load_recipe(recipe)
     check_settings(settings)
+    if workers is not None and workers < 1:
+        raise InputError(f"workers: expected 1 or more, got {workers}")
     place = open_place(device, "device")
     with ExitStack() as stack:
         base = stack.enter_context(_open(settings.base))
@@ -222,7 +227,7 @@ def open_job(
             gpu_memory=_gpu_memory(place, max_gpu_memory),
         )
         check_fingerprints(base, experts, moments)
-        yield Job(plan, base, experts, moments, place)
+        yield Job(plan, base, experts, moments, place, workers)
 
 
 def _gpu_memory(place: Place, given: int | None) -> int | None:

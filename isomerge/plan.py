@@ -154,7 +154,7 @@ class Plan:
         """Estimated peak of a GPU's memory: what would else be in the process's, 0 without one."""
         if not self.on_gpu:
             return 0
-        return max((step_bytes(step, len(self.settings.models)) for step in self.steps), default=0)
+        return max((step_bytes(step, len(self.settings.models), on_gpu=True) for step in self.steps), default=0)
 
 
 def build_plan(

@@ -25,7 +25,7 @@ from torch import Tensor
 from isomerge import ops
 from isomerge.checkpoint import Checkpoint
 from isomerge.delta_reader import DeltaReader
-from isomerge.deltas import PIECE_ELEMENTS, Group, Stack, Unit
+from isomerge.deltas import PIECE_ELEMENTS, Mapped, Stack, Unit
 from isomerge.errors import InputError
 from isomerge.methods import METHODS
 from isomerge.moments import Moments
@@ -62,6 +62,7 @@ class Job:
     experts: tuple[Checkpoint, ...]
     statistics: tuple[Moments, ...] = ()
     place: Place = field(default_factory=Place)
+    workers: int | None = None  # threads that read side by side; None: as many as torch's
 
 
 class _Sink(Protocol):
@@ -86,17 +87,23 @@ def run(
     started = time.perf_counter()
     weights = [model.weight for model in job.plan.settings.models]
     place = job.place
-    reader = DeltaReader(
-        job.base, job.experts, weights, moments=job.statistics, allow_nonfinite=allow_nonfinite, place=place
-    )
 
-    def read(group: Group) -> tuple[Stack, Callable[[Iterable[Tensor]], None], float]:
+    def read(step: Step) -> tuple[Stack | Mapped[Merged], Callable[[Iterable[Tensor]], None], float]:
         before = time.perf_counter()
         with place.reading():
-            stack = reader.read(group)
-            return stack, place.mark(), time.perf_counter() - before
+            found = state.read(step)
+            return found, place.mark(), time.perf_counter() - before
 
-    with Behind(WRITES) as writes:
+    reader = DeltaReader(
+        job.base,
+        job.experts,
+        weights,
+        moments=job.statistics,
+        allow_nonfinite=allow_nonfinite,
+        place=place,
+        workers=job.workers,
+    )
+    with reader, Behind(WRITES) as writes:
         state = _Run(job, reader, sink, spool, report, progress, writes)
         state.restore()
         for assignment in job.plan.assignments:
@@ -105,19 +112,28 @@ def run(
         steps = state.left()
         if spool.layer_type is not None and not (steps and steps[0].layer_type == spool.layer_type):
             state.release()  # an earlier process had computed all of the type, and not written all
-        with closing(ahead(read, [step.group for step in steps])) as stacks:
+        with closing(ahead(read, steps)) as stacks:
             for step, following in zip_longest(steps, steps[1:]):
-                stack, take, seconds = next(stacks)
-                take(stack.tensors())
+                found, take, seconds = next(stacks)
+                take(found.tensors())
                 report.totals.read_seconds += seconds
-                state.step(step, stack)
-                del stack  # before the next is taken: two stacks in memory, never three
+                state.step(step, found)
+                del found  # before the next is taken: two stacks in memory, never three
                 if step.layer_type is not None and (following is None or following.layer_type != step.layer_type):
                     state.release()
         writes.close()
     state.finish()
     report.totals.seconds = time.perf_counter() - started
     report.totals.peak_bytes, report.totals.gpu_peak_bytes = peak_rss(), place.peak()
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A unit of the merged model."""
+
+    values: tuple[Tensor, ...]  # of each output, in its dtype
+    update_square: float  # ||update||², times the square of the layer factor
+    seconds: float
 
 
 class _Run:
@@ -185,21 +201,31 @@ class _Run:
         self._tell(assignment.name, batch.read + outcome.written)
         self._close(batch)
 
-    def step(self, step: Step, stack: Stack) -> None:
-        """One group: every unit computed, added to the base and written; or kept until its layer factor is known."""
-        batch = Batch(read=stack.bytes_read)
-        self._bytes_done += stack.bytes_read
-        for (expert, name), count in stack.nonfinite.items():
-            batch.nonfinite.setdefault(name, {})[self._job.experts[expert].label] = count
-        for index, (unit, update, seconds) in enumerate(self._updates(step, stack)):
+    def read(self, step: Step) -> Stack | Mapped[Merged]:
+        """A group in memory; or, of elements on the CPU, each unit merged in the thread that has read it."""
+        if step.kind != "elementwise" or self._job.place.memory() is not None:
+            return self._reader.read(step.group)
+
+        def merged(unit: Unit, base: Tensor, deltas: Tensor) -> Merged:
             before = time.perf_counter()
-            outcome = Outcome(unit.name, unit.start, matrix=step.kind == "matrix")
-            outcome.delta_square = _norm(stack.deltas[index].sum(0)) ** 2
-            outcome.seconds = seconds + time.perf_counter() - before
-            if step.layer_type is None:
-                self._add(step, unit, outcome, update, stack.base[index])
+            return self._merged(step, unit, self._update(step, unit, deltas), base, before)
+
+        return self._reader.map(step.group, merged)
+
+    def step(self, step: Step, found: Stack | Mapped[Merged]) -> None:
+        """One group: every unit computed, added to the base and written; or kept until its layer factor is known."""
+        batch = Batch(read=found.bytes_read)
+        self._bytes_done += found.bytes_read
+        for (expert, name), count in found.nonfinite.items():
+            batch.nonfinite.setdefault(name, {})[self._job.experts[expert].label] = count
+        for index, (unit, result) in enumerate(zip(step.group.units, self._results(step, found), strict=True)):
+            outcome = Outcome(
+                unit.name, unit.start, matrix=step.kind == "matrix", delta_square=found.sum_squares[index]
+            )
+            if isinstance(result, Merged):
+                self._put(step, unit, outcome, result)
             else:
-                self._keep(step, unit, outcome, update)
+                self._keep(step, unit, outcome, *result)
             batch.outcomes.append(outcome)
             self._matrices_done += outcome.matrix
             self._tell(unit.name, outcome.written)
@@ -219,7 +245,7 @@ class _Run:
             take((update, base))
             self._report.totals.read_seconds += time.perf_counter() - before
             batch.read += self._reader.base_bytes(unit)
-            self._add(step, unit, outcome, update, base, factor)
+            self._put(step, unit, outcome, self._merged(step, unit, update, base, time.perf_counter(), factor))
             batch.outcomes.append(outcome)
             self._tell(unit.name, self._reader.base_bytes(unit) + outcome.written)
             del update, base  # before the next are read
@@ -232,53 +258,72 @@ class _Run:
         self._report.totals.write_seconds += self._write_seconds
         self._tally.close()
 
-    def _updates(self, step: Step, stack: Stack) -> Iterator[tuple[Unit, Tensor, float]]:
-        """(unit, update [m, n], share of the time) of a stack [L, T, m, n]: one call for all, or one each if seeded."""
+    def _results(self, step: Step, found: Stack | Mapped[Merged]) -> Iterable[Merged | tuple[Tensor, float]]:
+        """Each unit merged; or its update [m, n] and its share of the time, where that has to wait."""
+        if isinstance(found, Mapped):
+            return found.results
+        updates = zip(step.group.units, found.base, self._updates(step, found), strict=True)
+        if step.layer_type is not None:
+            return (update for _, _, update in updates)
+        return (
+            self._merged(step, unit, update, base, time.perf_counter() - seconds)
+            for unit, base, (update, seconds) in updates
+        )
+
+    def _updates(self, step: Step, stack: Stack) -> Iterator[tuple[Tensor, float]]:
+        """(update [m, n], share of the time) of a stack [L, T, m, n]: one call for all, or one each if seeded."""
         method, units, deltas = METHODS[step.call.method], step.group.units, stack.deltas
         before = time.perf_counter()
         if not method.seeded:
             inputs = (deltas,) if stack.moments is None else (deltas, stack.moments)
             updates = method.function(*inputs, **step.call.arguments)
             share = (time.perf_counter() - before) / len(units)
-            yield from ((unit, update, share) for unit, update in zip(units, updates, strict=True))
+            yield from ((update, share) for update in updates)
             return
         for unit, mine in zip(units, deltas, strict=True):
             before = time.perf_counter()
-            seed = unit_seed(self._job.plan.settings.seed, unit.label)
-            update = method.function(mine, **step.call.arguments, seed=seed)
-            yield unit, update, time.perf_counter() - before
+            yield self._update(step, unit, mine), time.perf_counter() - before
 
-    def _keep(self, step: Step, unit: Unit, outcome: Outcome, update: Tensor) -> None:
+    def _update(self, step: Step, unit: Unit, deltas: Tensor) -> Tensor:
+        """The update [m, n] of one unit, by its deltas [T, m, n]."""
+        method = METHODS[step.call.method]
+        seed = {"seed": unit_seed(self._job.plan.settings.seed, unit.label)} if method.seeded else {}
+        return method.function(deltas, **step.call.arguments, **seed)
+
+    def _keep(self, step: Step, unit: Unit, outcome: Outcome, update: Tensor, seconds: float) -> None:
         """The update and its norm to the spool; the norm is summed in float64, for its powers are to come."""
         before = time.perf_counter()
         update = update.to(step.group.dtype).contiguous()
         norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
-        outcome.seconds += time.perf_counter() - before
+        outcome.seconds = seconds + time.perf_counter() - before
         if not math.isfinite(norm):
             raise ArithmeticError(f"{unit.label}: {step.call.method} gave non-finite values")
         before = time.perf_counter()
         outcome.slot = self._spool.put(step, unit, self._job.place.down(update)(), norm)
         self._report.totals.write_seconds += time.perf_counter() - before
 
-    def _add(self, step: Step, unit: Unit, outcome: Outcome, update: Tensor, base: Tensor, factor: float = 1.0) -> None:
-        """Writes base + alpha * factor * update to each output, rounded once from the arithmetic dtype."""
-        assignment = self._assignments[unit.name]
-        before = time.perf_counter()
+    def _merged(
+        self, step: Step, unit: Unit, update: Tensor, base: Tensor, started: float, factor: float = 1.0
+    ) -> Merged:
+        """base + alpha * factor * update for each output, rounded once from the arithmetic dtype; in any thread."""
+        assignment, values = self._assignments[unit.name], []
         norm = abs(factor) * _norm(update)
-        outcome.update_square = norm**2
-        outcome.seconds += time.perf_counter() - before
-        for output, alpha in enumerate(step.call.alphas):
-            before = time.perf_counter()
+        for alpha in step.call.alphas:
             scale = alpha * factor
             bounded = abs(alpha) * norm <= torch.finfo(update.dtype).max
             if not bounded and not bool(torch.isfinite(update * scale).all()):
                 raise ArithmeticError(f"{unit.label}: {step.call.method} with alpha {alpha:g} gave non-finite values")
-            # Adding nothing would turn a zero of the base from -0 to 0.
+            # Adding nothing would turn a zero of the base from -0 to 0. A copy, for `base` may not be kept.
             dtype = assignment.out_dtype
-            merged = ops.finalize(base, update, scale, out_dtype=dtype) if norm else base.to(dtype)
-            self._check_range(assignment, merged)
-            outcome.seconds += time.perf_counter() - before
-            self._write(outcome, merged.mT if step.group.transposed else merged, unit.start, output)
+            values.append(ops.finalize(base, update, scale, out_dtype=dtype) if norm else base.to(dtype, copy=True))
+            self._check_range(assignment, values[-1])
+        return Merged(tuple(values), norm**2, time.perf_counter() - started)
+
+    def _put(self, step: Step, unit: Unit, outcome: Outcome, merged: Merged) -> None:
+        """A merged unit to each output."""
+        outcome.update_square, outcome.seconds = merged.update_square, merged.seconds
+        for output, values in enumerate(merged.values):
+            self._write(outcome, values.mT if step.group.transposed else values, unit.start, output)
 
     def _check_range(self, assignment: Assignment, cast: Tensor, values: Tensor | None = None) -> None:
         """InputError where float16 cannot hold what was finite: `values`, or without them everything."""

@@ -71,15 +71,19 @@ def layer_type(name: str) -> str:
     return ".".join(parts)
 
 
-def costs(step: Step, experts: int) -> tuple[int, int]:
+def costs(step: Step, experts: int, *, on_gpu: bool = False) -> tuple[int, int]:
     """Bytes of working memory of a step: (whatever the number of units, per unit)."""
     group, method = step.group, METHODS[step.call.method]
     elements, moment = group.m * group.n, group.moment_size**2
+    workspace, outputs = method.peak_floats(group.m, group.n, experts), len(step.call.alphas)
+    if step.kind == "elementwise" and not on_gpu:
+        # Deltas, base and a raw tensor from a file; base + update; what is merged of this group and the one before.
+        return 0, int(((experts + 3 + 2 * outputs) * elements + workspace) * group.dtype.itemsize)
     # Deltas, moments and base, of this group and of the next that is being read.
     held = 2 * (experts + 1) * elements + 2 * experts * moment
-    updates = 2 * elements + method.peak_floats(group.m, group.n, experts)
-    # A raw tensor from a file, the sum of deltas that is measured, the tensor that is being written.
-    single = 2 * max(elements, moment) + elements
+    updates = 2 * elements + workspace
+    # A raw tensor from a file, the merged ones, and one that is being written.
+    single = max(elements, moment) + (outputs + 1) * elements
     if method.seeded:  # called on one unit after the other
         return int((single + updates) * group.dtype.itemsize), held * group.dtype.itemsize
     return single * group.dtype.itemsize, int((held + updates) * group.dtype.itemsize)
@@ -102,11 +106,11 @@ class Bound:
         unit_bytes = experts * (group.m * group.n + group.moment_size**2) * group.dtype.itemsize
         if self.group_bytes is not None:
             return max(1, self.group_bytes // unit_bytes)
-        fixed, per_unit = costs(step, experts)
+        fixed, per_unit = costs(step, experts, on_gpu=self.gpu_bytes is not None)
         if self.gpu_bytes is None:
             fitting = (self.peak_bytes - PROCESS_BYTES - fixed) // per_unit
-            # Matrices are computed one per thread; for the rest 64 MiB to read keep the overhead of a call small.
-            wanted = max(GROUP_BYTES // unit_bytes, torch.get_num_threads() if step.kind == "matrix" else 1)
+            # A unit is computed by one thread; 64 MiB of small ones keep the overhead of a group small.
+            wanted = max(GROUP_BYTES // unit_bytes, torch.get_num_threads())
         else:
             fitting, wanted = (self.gpu_bytes - fixed) // per_unit, GPU_GROUP_BYTES // unit_bytes
         return max(1, min(wanted, fitting))
@@ -115,7 +119,11 @@ class Bound:
         """InputError if a single unit of some step takes more than there is, with the least that all of them need."""
         process = 0 if self.gpu_bytes is not None else PROCESS_BYTES
         given, name = (self.peak_bytes, "memory") if self.gpu_bytes is None else (self.gpu_bytes, "GPU memory")
-        least, step = max(((process + sum(costs(s, experts)), s) for s in steps), key=lambda p: p[0], default=(0, None))
+        least, step = max(
+            ((process + sum(costs(s, experts, on_gpu=process == 0)), s) for s in steps),
+            key=lambda p: p[0],
+            default=(0, None),
+        )
         if step is not None and least > given:
             raise InputError(
                 f"{given / 1e6:.1f} MB of {name} is too little: {step.group.units[0].label} by {step.call.method} takes"
@@ -123,9 +131,9 @@ class Bound:
             )
 
 
-def step_bytes(step: Step, experts: int) -> int:
-    """Bytes of working memory of a step, wherever it is computed."""
-    fixed, per_unit = costs(step, experts)
+def step_bytes(step: Step, experts: int, *, on_gpu: bool = False) -> int:
+    """Bytes of working memory of a step."""
+    fixed, per_unit = costs(step, experts, on_gpu=on_gpu)
     return fixed + per_unit * len(step.group.units)
 
 

@@ -277,6 +277,15 @@ def test_version_and_help(run: Run) -> None:
             assert command in done.stdout
 
 
+def test_workers(recipe: Path, run: Run) -> None:
+    done = run("merge", recipe, recipe.parent / "out", "--workers", 3)
+    assert done.returncode == 0, done.stderr
+    done = run("merge", recipe, recipe.parent / "out2", "--workers", 0)
+    assert done.returncode == 2
+    assert "workers: expected 1 or more, got 0" in done.stderr
+    assert not (recipe.parent / "out2").exists()
+
+
 def test_names_in_hostile_files_reach_no_terminal(recipe: Path, run: Run) -> None:
     wild = "evil\n\x1b[2Jname"
     states = tiny.bert_models(recipe.parent)

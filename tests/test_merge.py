@@ -87,13 +87,14 @@ def test_records_tell_the_norms(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", tiny.WITHOUT_STATISTICS)
-def test_bytes_do_not_depend_on_groups_or_shards(tmp_path: Path, method: str) -> None:
+def test_bytes_do_not_depend_on_groups_shards_or_workers(tmp_path: Path, method: str) -> None:
     tiny.bert_models(tmp_path)
     path = tiny.write_recipe(tmp_path, tiny.recipe_for(method, parameters={"alpha": 1.3}))
     digests = set()
-    for number, (group_bytes, shard_bytes) in enumerate([(1, 10**9), (2**30, 10**9), (10_000, 3_000)]):
+    cases = [(1, 10**9, 1), (2**30, 10**9, None), (10_000, 3_000, 3)]
+    for number, (group_bytes, shard_bytes, workers) in enumerate(cases):
         torch.manual_seed(number)  # a method that drew from the global generator would show
-        merge(path, tmp_path / f"out{number}", group_bytes=group_bytes, shard_bytes=shard_bytes)
+        merge(path, tmp_path / f"out{number}", group_bytes=group_bytes, shard_bytes=shard_bytes, workers=workers)
         digests.add(weights_digest(tmp_path / f"out{number}"))
     assert (tmp_path / "out2/model.safetensors.index.json").exists()
     assert len(digests) == 1

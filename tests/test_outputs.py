@@ -64,7 +64,8 @@ def test_the_plan_counts_every_output(tmp_path: Path) -> None:
         three = job.plan
     assert three.bytes_written == 3 * one.bytes_written == sum(t.bytes_written for t in three.by_method.values())
     assert three.disk_bytes == 3 * one.disk_bytes
-    assert (three.bytes_read, three.flops, three.peak_bytes) == (one.bytes_read, one.flops, one.peak_bytes)
+    assert (three.bytes_read, three.flops) == (one.bytes_read, one.flops)
+    assert three.peak_bytes > one.peak_bytes  # what is merged waits to be written
 
 
 def test_a_list_of_one_is_a_list(tmp_path: Path) -> None:

@@ -95,8 +95,9 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, recipe: Path, out: Path, number
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
     """The groups that are read from now on."""
     read: list[Group] = []
-    real = DeltaReader.read
-    monkeypatch.setattr(DeltaReader, "read", lambda self, group: (read.append(group), real(self, group))[1])
+    real_read, real_map = DeltaReader.read, DeltaReader.map
+    monkeypatch.setattr(DeltaReader, "read", lambda self, group: (read.append(group), real_read(self, group))[1])
+    monkeypatch.setattr(DeltaReader, "map", lambda self, group, f: (read.append(group), real_map(self, group, f))[1])
     return read
 
 

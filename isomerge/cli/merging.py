@@ -35,6 +35,10 @@ def merge_command(
     max_memory: _Memory = None,
     device: _Device = "cpu",
     max_gpu_memory: _GpuMemory = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Threads that read side by side; as many as cores by default.", show_default=False),
+    ] = None,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Leave NaN and Inf of experts out of the merge.")
     ] = False,
@@ -58,6 +62,7 @@ def merge_command(
             shard_bytes=shard_bytes,
             device=device,
             **bounds,
+            workers=workers,
             allow_nonfinite=allow_nonfinite,
             restart=restart,
             progress=progress,

@@ -134,7 +134,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method(
                 "ties", ties, "TIES-Merging", "Yadav et al. 2023, arXiv 2306.01708",
                 (Parameter("density", float, 0.2, 0.0, 1.0, f"{DENSITY}, the largest"),),
-                True, False, False, _elementwise_flops(12), _elementwise_floats(9),
+                True, False, False, _elementwise_flops(12), _elementwise_floats(1),
             ),
             Method(
                 "dare_linear", dare_linear, "DARE, linear", "Yu et al. 2024, arXiv 2311.03099",
