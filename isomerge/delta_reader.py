@@ -80,9 +80,9 @@ class DeltaReader:
         self.close()
 
     def read(self, group: Group) -> Stack:
-        """A group's deltas, base and moments."""
+        """A group's deltas, or where it says so their sum over the experts, its base and its moments."""
         m, n, T = group.m, group.n, len(self._experts)
-        deltas = empty_stack(len(group.units), T, m, n, group.dtype, self._place.device)
+        deltas = empty_stack(len(group.units), 1 if group.summed else T, m, n, group.dtype, self._place.device)
         stack = Stack(deltas=deltas, base=[self._empty(group) for _ in group.units])
         targets = list(zip(group.units, stack.base, deltas, strict=True))
         runs = [self._runs(unit, group) for unit in group.units]
@@ -140,19 +140,27 @@ class DeltaReader:
         return [(first, min(step, rows - first)) for first in range(0, rows, step)]
 
     def _subtract(self, group: Group, unit: Unit, base: Tensor, deltas: Tensor, first: int, count: int) -> float:
-        """Fills rows of the base [m, n] and of the deltas [T, m, n]; returns ||sum of the deltas||² in them."""
+        """Fills rows of the base [m, n] and of the deltas [T, m, n], or of their sum [1, m, n]; returns ||sum||²."""
         rows = slice(first, first + count)
-        values = _rows(base, group)[rows]
+        values, targets = _rows(base, group)[rows], [_rows(delta, group)[rows] for delta in deltas]
         values.copy_(self._read(self._base, unit.name, unit, group, first, count))
-        total: Tensor | None = None
-        for expert, name, weight, delta in zip(self._experts, unit.sources, self._weights, deltas, strict=True):
-            target = _rows(delta, group)[rows]
-            target.copy_(self._read(expert, name, unit, group, first, count)).sub_(values)
-            if weight != 1.0:
-                target.mul_(weight)
-            total = target.clone() if total is None else total.add_(target)
-        assert total is not None
+        total = targets[0] if group.summed else torch.empty_like(values)
+        for t in range(len(self._experts)):
+            target = torch.empty_like(values) if group.summed and t else targets[t]
+            self._difference(t, group, unit, values, target, first, count)
+            if t:
+                total += target
+            elif not group.summed:
+                total.copy_(target)
         return _square(total)
+
+    def _difference(
+        self, t: int, group: Group, unit: Unit, values: Tensor, target: Tensor, first: int = 0, count: int | None = None
+    ) -> None:
+        """weight_t * (expert_t - base) of rows, as they are stored, into `target`."""
+        target.copy_(self._read(self._experts[t], unit.sources[t], unit, group, first, count)).sub_(values)
+        if self._weights[t] != 1.0:
+            target.mul_(self._weights[t])
 
     def _prove(self, found: Read, group: Group, unit: Unit, base: Tensor, deltas: Tensor, square: float) -> None:
         """Notes what a unit took; `square` is ||sum of the deltas||² as it was computed. If that is finite so are all
@@ -163,9 +171,14 @@ class DeltaReader:
         if not math.isfinite(square):
             nonfinite.check_base(base, self._base, unit.name)
             for t, (expert, name) in enumerate(sources):
+                delta = self._empty(group) if group.summed else deltas[t]
+                if group.summed:
+                    self._difference(t, group, unit, _rows(base, group), _rows(delta, group))
                 raw = partial(self._read, expert, name, unit, group)
-                if count := nonfinite.zero(deltas[t], raw, expert, name, allowed=self._allow_nonfinite):
+                if count := nonfinite.zero(delta, raw, expert, name, allowed=self._allow_nonfinite):
                     found.nonfinite[t, unit.name] = count
+                if group.summed:
+                    deltas[0] = delta if t == 0 else deltas[0].add_(delta)
             square = _square(deltas.sum(0))
         found.sum_squares.append(square)
 

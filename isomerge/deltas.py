@@ -47,6 +47,7 @@ class Group:
     dtype: torch.dtype  # of the deltas
     units: tuple[Unit, ...]
     moment_size: int = 0  # d of the second moments that go with the deltas; 0: none
+    summed: bool = False  # the deltas are added up as they are read: the stack is that of one expert
 
 
 @dataclass(slots=True)
@@ -73,7 +74,7 @@ class Read:
 class Stack(Read):
     """A group in memory."""
 
-    deltas: Tensor = field(kw_only=True)  # [L, T, m, n], in the arithmetic dtype, each unit on its own cache lines
+    deltas: Tensor = field(kw_only=True)  # [L, T or 1, m, n], in the arithmetic dtype, each unit on its own cache lines
     base: list[Tensor] = field(kw_only=True)  # L tensors [m, n], in the arithmetic dtype
     moments: Tensor | None = None  # [L, T, d, d], like the deltas
 

@@ -357,7 +357,7 @@ def _steps(
         for m, n, unit in _units(a, sources[a.name], experts):
             parameters = tuple(sorted(a.call.parameters.items()))
             key = (m, n, dtype, a.kind, a.moment_size, a.call.method, a.call.alphas, parameters)
-            group = Group(m, n, a.kind.transposed, dtype, (), a.moment_size)
+            group = Group(m, n, a.kind.transposed, dtype, (), a.moment_size, METHODS[a.call.method].summed)
             empty = Step(group, a.call, a.kind.kind, a.layer_type)
             gathered.setdefault(a.layer_type, {}).setdefault(key, (empty, []))[1].append(unit)
     steps = []

@@ -80,7 +80,7 @@ def costs(step: Step, experts: int, *, on_gpu: bool = False) -> tuple[int, int]:
         # Deltas, base and a raw tensor from a file; base + update; what is merged of this group and the one before.
         return 0, int(((experts + 3 + 2 * outputs) * elements + workspace) * group.dtype.itemsize)
     # Deltas, moments and base, of this group and of the next that is being read.
-    held = 2 * (experts + 1) * elements + 2 * experts * moment
+    held = 2 * ((1 if group.summed else experts) + 1) * elements + 2 * experts * moment
     updates = 2 * elements + workspace
     # A raw tensor from a file, the merged ones, and one that is being written.
     single = max(elements, moment) + (outputs + 1) * elements

@@ -21,7 +21,7 @@ import torch
 from checkpoints import model_files, random_tensor, same, small_state_dict, write_sharded
 from safetensors import safe_open
 
-from isomerge.checkpoint import MemoryWriter, TensorSpec, Writer, open_checkpoint, staging
+from isomerge.checkpoint import MemoryWriter, TensorSpec, Writer, open_checkpoint, shard_files, staging
 from isomerge.errors import InputError
 
 
@@ -397,3 +397,25 @@ def test_written_folder_is_a_source_again(tmp_path):
             writer.commit()
     assert_holds(tmp_path / "copy", small_state_dict())
     assert (tmp_path / "copy" / "config.json").read_text() == "{}"
+
+
+def test_a_disk_that_fails_while_the_file_grows(tmp_path, monkeypatch):
+    """The error of a flush is the error of the merge: the kernel tells it once."""
+    real, failed = shard_files.sync, []
+
+    def sync(path: Path) -> None:
+        if not failed:
+            failed.append(path)
+            raise OSError(errno.EIO, "Input/output error")
+        real(path)
+
+    monkeypatch.setattr(shard_files, "sync", sync)
+    monkeypatch.setattr(shard_files, "_FLUSH_BYTES", 64)
+    tensors = {"a": torch.ones(32), "b": torch.ones(32)}
+    writer = Writer(tmp_path / "out", specs_of(tensors))
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    with pytest.raises(OSError, match="Input/output error"):
+        writer.commit()
+    assert failed == [tmp_path / ".out.partial" / "model.safetensors.part"]
+    assert list(tmp_path.iterdir()) == []

@@ -15,12 +15,13 @@ from isomerge.checkpoint.shards import Shard
 from isomerge.checkpoint.staging import sync
 
 PART = ".part"  # ends every file name until the file is complete, so that nothing half done looks like a model
+_FLUSH_BYTES = 256 << 20  # written to a file before the disk is made to take them: the last fsync finds little to do
 _MAX_OPEN = 64  # shards; groups of equal matrices go through all of them in turn
 
 
 class ShardFiles:
-    """The same shards in each of the folders `outputs` below `folder`. A file that is complete is fsynced, summed and
-    renamed in a thread, while others are written.
+    """The same shards in each of the folders `outputs` below `folder`. In a thread of their own, files are flushed to
+    the disk as they grow, and those that are complete are fsynced, summed and renamed, while others are written.
     """
 
     def __init__(
@@ -47,6 +48,8 @@ class ShardFiles:
         self._pool = FilePool(writable=True, max_open=_MAX_OPEN)
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="isomerge-finish")
         self._sums: dict[str, Future[str]] = {}
+        self._unflushed: dict[Path, int] = {}  # bytes
+        self._flushes: list[Future[None]] = []  # an error in one of them is told once, and by no later fsync
         self._lock = threading.Lock()
         for name, paths in zip(outputs, self._paths, strict=True):
             (folder / name).mkdir(exist_ok=True)
@@ -60,8 +63,14 @@ class ShardFiles:
     def write(self, output: int, name: str, start: int, values: Tensor) -> None:
         """Put contiguous values at flat index `start` of a tensor."""
         _, offset, itemsize = self._places[name]
-        with self._pool.use(self.file(output, name)) as fd:
+        file = self.file(output, name)
+        with self._pool.use(file) as fd:
             write_from(fd, offset + start * itemsize, values)
+        with self._lock:
+            self._unflushed[file] = self._unflushed.get(file, 0) + values.nbytes
+            if self._unflushed[file] >= _FLUSH_BYTES:
+                self._unflushed[file] = 0
+                self._flushes.append(self._finisher.submit(sync, file))
 
     def stands(self, output: int, name: str, start: int, count: int, checksum: int) -> bool:
         """Whether elements of a tensor are on the disk, with this CRC-32 where their file is not yet finished."""
@@ -85,6 +94,8 @@ class ShardFiles:
             for paths in self._paths:
                 for path in paths:
                     self._finish(path)
+        for flush in self._flushes:
+            flush.result()
         return [{Path(path).name: self._sums[path].result() for path in paths} for paths in self._paths]
 
     def close(self) -> None:

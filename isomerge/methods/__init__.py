@@ -61,6 +61,7 @@ class Method:
     seeded: bool  # takes `seed`
     flops: Callable[[int, int, int], float]  # (m, n, T) -> floating-point operations per matrix
     peak_floats: Callable[[int, int, int], float]  # (m, n, T) -> float32 working memory per matrix, beside the deltas
+    summed: bool = False  # needs the sum of the deltas alone: gives the same for it as for them
     moments: bool = False  # called with (deltas, moments): needs a statistics file of every expert
     presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # name -> parameters; first is default
 
@@ -152,7 +153,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             ),
             Method(
                 "iso_c", iso_c, "Iso-C", "Marczak et al. 2025, arXiv 2502.04959", (),
-                False, False, False, _iso_c_flops, _spectral_floats,
+                False, False, False, _iso_c_flops, _spectral_floats, summed=True,
             ),
             Method(
                 "iso_cts", iso_cts, "Iso-CTS", "Marczak et al. 2025, arXiv 2502.04959",
