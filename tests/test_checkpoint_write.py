@@ -410,7 +410,7 @@ def test_a_disk_that_fails_while_the_file_grows(tmp_path, monkeypatch):
         real(path)
 
     monkeypatch.setattr(shard_files, "sync", sync)
-    monkeypatch.setattr(shard_files, "_FLUSH_BYTES", 64)
+    monkeypatch.setattr(shard_files, "FLUSH_BYTES", 64)
     tensors = {"a": torch.ones(32), "b": torch.ones(32)}
     writer = Writer(tmp_path / "out", specs_of(tensors))
     for name, tensor in tensors.items():

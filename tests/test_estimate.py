@@ -18,12 +18,13 @@ import torch
 from command_line import Run
 
 from isomerge.checkpoint import Checkpoint
+from isomerge.checkpoint.shard_files import FLUSH_BYTES
 from isomerge.estimate import Estimate, disks, estimate
 from isomerge.estimate.calibration import MOST, _Known, _next
 from isomerge.estimate.disks import Disks
 from isomerge.estimate.pieces import GROUPS, small_job
 from isomerge.estimate.probes import Sample, sample
-from isomerge.estimate.totals import WRITEBACK, Seconds, at_full_size, finish_seconds
+from isomerge.estimate.totals import Seconds, at_full_size, finish_seconds
 from isomerge.estimate.work import KEPT, Work, gather
 from isomerge.merge import open_job
 from isomerge.methods import METHODS
@@ -110,8 +111,11 @@ def test_smaller_samples_of_equal_time_mean_longer_merges() -> None:
 
 
 def test_what_waits_for_the_disk_at_the_end() -> None:
-    assert math.isclose(finish_seconds(1000, 1.0, RATES), 1000 / 50 + 1000 / 200)  # nothing was written by itself
-    assert math.isclose(finish_seconds(1000, 10 * WRITEBACK, RATES), 100 / 50 + 1000 / 200)
+    written = 4 * FLUSH_BYTES
+    assert math.isclose(finish_seconds(1000, 1.0, RATES), 1000 / 50 + 1000 / 200)  # too little to be flushed before
+    assert math.isclose(finish_seconds(written, 0.0, RATES), written / 50 + written / 200)
+    assert math.isclose(finish_seconds(written, written / 100, RATES), written / 100 + written / 200)
+    assert math.isclose(finish_seconds(written, written, RATES), FLUSH_BYTES / 50 + written / 200)
     assert finish_seconds(0, 0.0, RATES) == 0.0
 
 

@@ -15,7 +15,7 @@ from isomerge.checkpoint.shards import Shard
 from isomerge.checkpoint.staging import sync
 
 PART = ".part"  # ends every file name until the file is complete, so that nothing half done looks like a model
-_FLUSH_BYTES = 256 << 20  # written to a file before the disk is made to take them: the last fsync finds little to do
+FLUSH_BYTES = 256 << 20  # written to a file before the disk is made to take them: the last fsync finds little to do
 _MAX_OPEN = 64  # shards; groups of equal matrices go through all of them in turn
 
 
@@ -68,7 +68,7 @@ class ShardFiles:
             write_from(fd, offset + start * itemsize, values)
         with self._lock:
             self._unflushed[file] = self._unflushed.get(file, 0) + values.nbytes
-            if self._unflushed[file] >= _FLUSH_BYTES:
+            if self._unflushed[file] >= FLUSH_BYTES:
                 self._unflushed[file] = 0
                 self._flushes.append(self._finisher.submit(sync, file))
 

@@ -18,7 +18,7 @@ from isomerge.run import Job
 from isomerge.schedule import Step
 
 GROUPS = 3  # of elementwise work, so that reading, computing and writing overlap as they will
-MOST_ELEMENTS, MOST_UNITS = 2**20, 16  # of a group whose units are not matrices side by side; one unit at least
+MOST_ELEMENTS, MOST_UNITS = 2**23, 16  # of a group whose units are not matrices side by side; one unit at least
 WEIGHT, CHANGE = 0.02, 1e-3  # standard deviations of noise that stands in for models
 
 

@@ -6,11 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from isomerge.checkpoint.shard_files import FLUSH_BYTES
 from isomerge.estimate.disks import Disks
 from isomerge.estimate.probes import Sample
-
-WRITEBACK = 30.0
-"""Seconds after which Linux begins to write by itself what a process has written (`vm.dirty_expire_centisecs`)."""
 
 SHORT = 3.0
 """3 - p, as `at_full_size` defines p, where there is one sample alone. Its sides are 256: from there to 2048 the time
@@ -113,6 +111,8 @@ def at_full_size(samples: Sequence[Sample], cubic: bool, shared: bool = True) ->
 
 
 def finish_seconds(written: int, engine: float, disks: Disks) -> float:
-    """Of making `written` bytes durable and their checksums, after `engine` seconds in which they were written."""
-    waiting = written * min(1.0, WRITEBACK / max(engine, 1e-9))
+    """Of making `written` bytes durable and their checksums, after `engine` seconds in which they were written: the
+    disk takes them meanwhile, all but the last FLUSH_BYTES.
+    """
+    waiting = max(min(written, FLUSH_BYTES), written - engine * disks.write)
     return waiting / disks.write + written / disks.checksum
