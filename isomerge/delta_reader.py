@@ -14,7 +14,7 @@ from torch import Tensor
 
 from isomerge import nonfinite
 from isomerge.backends.side_by_side import single_threaded
-from isomerge.deltas import Group, Mapped, Read, Result, Stack, Unit, empty_stack, moment_bytes
+from isomerge.deltas import Group, Mapped, Read, Result, Stack, Unit, empty_stack, frobenius, moment_bytes
 from isomerge.errors import InputError
 from isomerge.place import Place
 
@@ -152,7 +152,7 @@ class DeltaReader:
                 total += target
             elif not group.summed:
                 total.copy_(target)
-        return _square(total)
+        return frobenius(total) ** 2
 
     def _difference(
         self, t: int, group: Group, unit: Unit, values: Tensor, target: Tensor, first: int = 0, count: int | None = None
@@ -179,7 +179,7 @@ class DeltaReader:
                     found.nonfinite[t, unit.name] = count
                 if group.summed:
                     deltas[0] = delta if t == 0 else deltas[0].add_(delta)
-            square = _square(deltas.sum(0))
+            square = frobenius(deltas.sum(0)) ** 2
         found.sum_squares.append(square)
 
     def _each(self, calls: Sequence[Callable[[], Result]]) -> list[Result]:
@@ -223,9 +223,3 @@ def _rows(values: Tensor, group: Group) -> Tensor:
 
 def _nbytes(checkpoint: Checkpoint, name: str, unit: Unit) -> int:
     return unit.count * checkpoint.tensors[name].dtype.itemsize
-
-
-def _square(values: Tensor) -> float:
-    """||values||_F²; summed in float64 where the squares overflow the values' own dtype."""
-    norm = float(torch.linalg.vector_norm(values))
-    return norm**2 if math.isfinite(norm) else float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2

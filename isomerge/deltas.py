@@ -7,6 +7,7 @@ of any shape, taken as a 1 x count matrix. A *group* is units of one shape whose
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -104,6 +105,12 @@ def pieces(count: int, experts: int) -> Iterator[tuple[int, int]]:
     step = max(1, PIECE_ELEMENTS // experts)
     for start in range(0, count, step):
         yield start, min(step, count - start)
+
+
+def frobenius(values: Tensor) -> float:
+    """Frobenius norm, 0 of zeros alone; summed in float64 where the squares leave the range of their own dtype."""
+    norm = float(torch.linalg.vector_norm(values))
+    return norm if norm and math.isfinite(norm) else float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
 def moment_bytes(size: int) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 from isomerge import ops
 from isomerge.checkpoint import Checkpoint
 from isomerge.delta_reader import DeltaReader
-from isomerge.deltas import PIECE_ELEMENTS, Mapped, Stack, Unit
+from isomerge.deltas import PIECE_ELEMENTS, Mapped, Stack, Unit, frobenius
 from isomerge.errors import InputError
 from isomerge.methods import METHODS
 from isomerge.moments import Moments
@@ -307,7 +307,7 @@ class _Run:
     ) -> Merged:
         """base + alpha * factor * update for each output, rounded once from the arithmetic dtype; in any thread."""
         assignment, values = self._assignments[unit.name], []
-        norm = abs(factor) * _norm(update)
+        norm = abs(factor) * frobenius(update)
         for alpha in step.call.alphas:
             scale = alpha * factor
             bounded = abs(alpha) * norm <= torch.finfo(update.dtype).max
@@ -370,9 +370,3 @@ class _Run:
 def unit_seed(seed: int, label: str) -> int:
     """A seed for one unit that depends on the recipe's seed and on its name alone."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{label}".encode()).digest()[:8], "big") >> 1
-
-
-def _norm(values: Tensor) -> float:
-    """Frobenius norm, 0 of zeros alone; summed in float64 where the squares leave the range of their own dtype."""
-    norm = float(torch.linalg.vector_norm(values))
-    return norm if norm and math.isfinite(norm) else float(torch.linalg.vector_norm(values, dtype=torch.float64))

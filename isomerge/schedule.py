@@ -117,10 +117,11 @@ class Bound:
 
     def check(self, steps: Iterable[Step], experts: int) -> None:
         """InputError if a single unit of some step takes more than there is, with the least that all of them need."""
-        process = 0 if self.gpu_bytes is not None else PROCESS_BYTES
+        on_gpu = self.gpu_bytes is not None
+        process = 0 if on_gpu else PROCESS_BYTES
         given, name = (self.peak_bytes, "memory") if self.gpu_bytes is None else (self.gpu_bytes, "GPU memory")
         least, step = max(
-            ((process + sum(costs(s, experts, on_gpu=process == 0)), s) for s in steps),
+            ((process + sum(costs(s, experts, on_gpu=on_gpu)), s) for s in steps),
             key=lambda p: p[0],
             default=(0, None),
         )

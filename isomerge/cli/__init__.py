@@ -1,4 +1,5 @@
-"""The command line: `isomerge merge`, `plan`, `capture`, `inspect`, `methods`, `doctor`. The only package that prints.
+"""The command line: `isomerge merge`, `plan`, `capture`, `inspect`, `verify`, `methods`, `doctor`. The only package
+that prints.
 
 Exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted. Errors are one line on stderr.
 """
