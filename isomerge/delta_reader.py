@@ -80,9 +80,9 @@ class DeltaReader:
         self.close()
 
     def read(self, group: Group) -> Stack:
-        """A group's deltas, or where it says so their sum over the experts, its base and its moments."""
+        """A group's deltas, or where it says so their sum or mean over the experts, its base and its moments."""
         m, n, T = group.m, group.n, len(self._experts)
-        deltas = empty_stack(len(group.units), 1 if group.summed else T, m, n, group.dtype, self._place.device)
+        deltas = empty_stack(len(group.units), self._stacked(group), m, n, group.dtype, self._place.device)
         stack = Stack(deltas=deltas, base=[self._empty(group) for _ in group.units])
         targets = list(zip(group.units, stack.base, deltas, strict=True))
         runs = [self._runs(unit, group) for unit in group.units]
@@ -98,11 +98,11 @@ class DeltaReader:
         return stack
 
     def map(self, group: Group, function: Callable[[Unit, Tensor, Tensor], Result]) -> Mapped[Result]:
-        """What `function` makes of each unit, its base [m, n] and its deltas [T, m, n], on the CPU: called in the
+        """What `function` makes of each unit, its base [m, n] and its deltas [T or 1, m, n], on the CPU: called in the
         thread that has read them, while they are in its cache. They are not to be kept, the next unit overwrites them.
         """
         mapped = Mapped[Result]()
-        shape = 1 + len(self._experts), group.m, group.n
+        shape = 1 + self._stacked(group), group.m, group.n
         if any(buffer.shape != shape or buffer.dtype != group.dtype for buffer in self._free):
             self._free.clear()
 
@@ -131,6 +131,9 @@ class DeltaReader:
         nonfinite.check_base(values, self._base, unit.name)
         return values
 
+    def _stacked(self, group: Group) -> int:
+        return len(self._experts) if group.reduction == "none" else 1
+
     def _runs(self, unit: Unit, group: Group) -> list[tuple[int, int]]:
         """(first, count) of the rows of a unit, as it is stored, that are read at a time."""
         rows, columns = (group.n, group.m) if group.transposed else (group.m * group.n, 1)
@@ -140,19 +143,23 @@ class DeltaReader:
         return [(first, min(step, rows - first)) for first in range(0, rows, step)]
 
     def _subtract(self, group: Group, unit: Unit, base: Tensor, deltas: Tensor, first: int, count: int) -> float:
-        """Fills rows of the base [m, n] and of the deltas [T, m, n], or of their sum [1, m, n]; returns ||sum||²."""
-        rows = slice(first, first + count)
+        """Fills rows of the base [m, n] and of the deltas [T, m, n], or of their reduction; returns ||sum||²."""
+        rows, reduced = slice(first, first + count), group.reduction != "none"
         values, targets = _rows(base, group)[rows], [_rows(delta, group)[rows] for delta in deltas]
         values.copy_(self._read(self._base, unit.name, unit, group, first, count))
-        total = targets[0] if group.summed else torch.empty_like(values)
+        other = torch.empty_like(values)  # the sum beside the deltas, or the next delta beside their sum
+        total = targets[0] if reduced else other
         for t in range(len(self._experts)):
-            target = torch.empty_like(values) if group.summed and t else targets[t]
+            target = other if reduced and t else targets[t]
             self._difference(t, group, unit, values, target, first, count)
             if t:
                 total += target
-            elif not group.summed:
+            elif not reduced:
                 total.copy_(target)
-        return frobenius(total) ** 2
+        square = frobenius(total) ** 2
+        if group.reduction == "mean":
+            total /= len(self._experts)
+        return square
 
     def _difference(
         self, t: int, group: Group, unit: Unit, values: Tensor, target: Tensor, first: int = 0, count: int | None = None
@@ -166,20 +173,22 @@ class DeltaReader:
         """Notes what a unit took; `square` is ||sum of the deltas||² as it was computed. If that is finite so are all
         values, for one NaN or Inf in any model makes it NaN or Inf; else each is looked at.
         """
-        sources = list(zip(self._experts, unit.sources, strict=True))
+        sources, reduced = list(zip(self._experts, unit.sources, strict=True)), group.reduction != "none"
         found.bytes_read += self.base_bytes(unit) + sum(_nbytes(expert, name, unit) for expert, name in sources)
         if not math.isfinite(square):
             nonfinite.check_base(base, self._base, unit.name)
             for t, (expert, name) in enumerate(sources):
-                delta = self._empty(group) if group.summed else deltas[t]
-                if group.summed:
+                delta = self._empty(group) if reduced else deltas[t]
+                if reduced:
                     self._difference(t, group, unit, _rows(base, group), _rows(delta, group))
                 raw = partial(self._read, expert, name, unit, group)
                 if count := nonfinite.zero(delta, raw, expert, name, allowed=self._allow_nonfinite):
                     found.nonfinite[t, unit.name] = count
-                if group.summed:
+                if reduced:
                     deltas[0] = delta if t == 0 else deltas[0].add_(delta)
             square = frobenius(deltas.sum(0)) ** 2
+            if group.reduction == "mean":
+                deltas /= len(self._experts)
         found.sum_squares.append(square)
 
     def _each(self, calls: Sequence[Callable[[], Result]]) -> list[Result]:

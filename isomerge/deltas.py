@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 GROUP_BYTES = 64 * 2**20  # of the deltas of small units that are computed together
-PIECE_ELEMENTS = 2 * 2**20  # of a stack of deltas, when a tensor is merged in pieces: 8 MiB in float32, for the cache
+STREAM_BYTES = 512 * 2**20  # of those that are not held: the threads that stream them wait for one another at the end
+PIECE_ELEMENTS = 2**19  # of a tensor that is merged in pieces: 2 MiB in float32, five arrays of which a cache holds
 _ALIGN = 64  # bytes: every unit starts on a cache line, so BLAS takes the same path wherever in a stack it stands
 
 Result = TypeVar("Result")
@@ -48,7 +49,7 @@ class Group:
     dtype: torch.dtype  # of the deltas
     units: tuple[Unit, ...]
     moment_size: int = 0  # d of the second moments that go with the deltas; 0: none
-    summed: bool = False  # the deltas are added up as they are read: the stack is that of one expert
+    reduction: str = "none"  # "sum", "mean": of the deltas, formed as they are read; the stack is that of one expert
 
 
 @dataclass(slots=True)
@@ -100,11 +101,10 @@ def cut(units: Sequence[Unit], length: int) -> Iterator[tuple[Unit, ...]]:
         yield tuple(units[first : first + length])
 
 
-def pieces(count: int, experts: int) -> Iterator[tuple[int, int]]:
-    """(start, count) of the pieces in which a tensor is merged; they depend on its size and on T, on nothing else."""
-    step = max(1, PIECE_ELEMENTS // experts)
-    for start in range(0, count, step):
-        yield start, min(step, count - start)
+def pieces(count: int) -> Iterator[tuple[int, int]]:
+    """(start, count) of the pieces in which a tensor of `count` elements is merged."""
+    for start in range(0, count, PIECE_ELEMENTS):
+        yield start, min(PIECE_ELEMENTS, count - start)
 
 
 def frobenius(values: Tensor) -> float:

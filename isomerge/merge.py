@@ -225,9 +225,10 @@ def open_job(
             group_bytes=group_bytes,
             max_memory=max_memory,
             gpu_memory=_gpu_memory(place, max_gpu_memory),
+            workers=workers,
         )
         check_fingerprints(base, experts, moments)
-        yield Job(plan, base, experts, moments, place, workers)
+        yield Job(plan, base, experts, moments, place)
 
 
 def _gpu_memory(place: Place, given: int | None) -> int | None:

@@ -90,6 +90,7 @@ class Plan:
     steps: tuple[Step, ...]
     bytes_read: int
     warnings: tuple[str, ...]
+    workers: int  # threads that read side by side
     on_gpu: bool = False  # whether groups are read to a GPU and computed there
     _bytes_read: Mapping[str, int] = field(default_factory=dict, repr=False)  # of each tensor, from all models
 
@@ -146,15 +147,19 @@ class Plan:
     @cached_property
     def peak_bytes(self) -> int:
         """Estimated peak of resident memory: two groups in flight, the method's workspace, a tensor being read."""
-        groups = staging if self.on_gpu else step_bytes
-        return PROCESS_BYTES + max((groups(step, len(self.settings.models)) for step in self.steps), default=0)
+        experts = len(self.settings.models)
+        taken = (
+            staging(step, experts) if self.on_gpu else step_bytes(step, experts, self.workers) for step in self.steps
+        )
+        return PROCESS_BYTES + max(taken, default=0)
 
     @cached_property
     def gpu_bytes(self) -> int:
         """Estimated peak of a GPU's memory: what would else be in the process's, 0 without one."""
         if not self.on_gpu:
             return 0
-        return max((step_bytes(step, len(self.settings.models), on_gpu=True) for step in self.steps), default=0)
+        experts = len(self.settings.models)
+        return max((step_bytes(step, experts, self.workers, on_gpu=True) for step in self.steps), default=0)
 
 
 def build_plan(
@@ -166,6 +171,7 @@ def build_plan(
     group_bytes: int | None = None,
     max_memory: int | None = None,
     gpu_memory: int | None = None,
+    workers: int | None = None,
 ) -> Plan:
     """The plan of a merge from the headers of its checkpoints and, where a method needs them, of their statistics.
 
@@ -190,8 +196,9 @@ def build_plan(
         ((a.numel + a.moment_size**2) * dtypes[a.name].itemsize for a in assignments if a.call is not None), default=0
     )
     size = sum(info.nbytes for info in base.tensors.values())
+    workers = workers or torch.get_num_threads()
     peak = min(size + 3 * len(experts) * largest + 500_000_000, physical_bytes() // 2)
-    bound = Bound(group_bytes, peak if max_memory is None else max_memory, gpu_memory)
+    bound = Bound(group_bytes, peak if max_memory is None else max_memory, gpu_memory, workers)
     steps = tuple(_steps(assignments, sources.names, dtypes, bound))
     if max_memory is not None or gpu_memory is not None:
         bound.check(steps, len(experts))
@@ -203,6 +210,7 @@ def build_plan(
         steps=steps,
         on_gpu=gpu_memory is not None,
         bytes_read=sum(read.values()),
+        workers=workers,
         warnings=(*_warnings(settings, assignments), *sources.warnings, *said),
         _bytes_read=read,
     )
@@ -357,7 +365,7 @@ def _steps(
         for m, n, unit in _units(a, sources[a.name], experts):
             parameters = tuple(sorted(a.call.parameters.items()))
             key = (m, n, dtype, a.kind, a.moment_size, a.call.method, a.call.alphas, parameters)
-            group = Group(m, n, a.kind.transposed, dtype, (), a.moment_size, METHODS[a.call.method].summed)
+            group = Group(m, n, a.kind.transposed, dtype, (), a.moment_size, METHODS[a.call.method].reduction)
             empty = Step(group, a.call, a.kind.kind, a.layer_type)
             gathered.setdefault(a.layer_type, {}).setdefault(key, (empty, []))[1].append(unit)
     steps = []
@@ -394,7 +402,7 @@ def _units(a: Assignment, sources: tuple[str, ...], experts: int) -> Iterable[tu
             return [(m, n, Unit(a.name, sources, 0, m * n, True))]
         return [(m, n, Unit(a.name, sources, i * m * n, m * n, False, i)) for i in range(a.kind.slices)]
     if METHODS[a.call.method].chunkable:
-        runs = list(pieces(a.numel, experts))
+        runs = list(pieces(a.numel))
         return [(1, count, Unit(a.name, sources, start, count, len(runs) == 1)) for start, count in runs]
     return [(1, a.numel, Unit(a.name, sources, 0, a.numel, True))]
 

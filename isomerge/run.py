@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from isomerge import ops
-from isomerge.checkpoint import Checkpoint
+from isomerge.checkpoint import Checkpoint, Receipt
 from isomerge.delta_reader import DeltaReader
 from isomerge.deltas import PIECE_ELEMENTS, Mapped, Stack, Unit, frobenius
 from isomerge.errors import InputError
@@ -33,7 +33,7 @@ from isomerge.overlap import Behind, ahead
 from isomerge.place import Place
 from isomerge.plan import Assignment, Plan
 from isomerge.report import Report, peak_rss
-from isomerge.schedule import Step
+from isomerge.schedule import Step, streams
 from isomerge.spool import Spool
 from isomerge.tally import Batch, Outcome, Tally
 
@@ -62,7 +62,6 @@ class Job:
     experts: tuple[Checkpoint, ...]
     statistics: tuple[Moments, ...] = ()
     place: Place = field(default_factory=Place)
-    workers: int | None = None  # threads that read side by side; None: as many as torch's
 
 
 class _Sink(Protocol):
@@ -70,9 +69,9 @@ class _Sink(Protocol):
     def records(self) -> Sequence[Mapping[str, Any]]:
         """Of what is written already, by an earlier process."""
 
-    def write(self, name: str, tensor: Tensor, start: int = 0, output: int = 0) -> None: ...
+    def write(self, name: str, tensor: Tensor, start: int = 0, output: int = 0) -> Receipt: ...
 
-    def note(self, record: Mapping[str, Any]) -> None: ...
+    def note(self, record: Mapping[str, Any], receipts: Sequence[Receipt]) -> None: ...
 
 
 def run(
@@ -88,7 +87,7 @@ def run(
     weights = [model.weight for model in job.plan.settings.models]
     place = job.place
 
-    def read(step: Step) -> tuple[Stack | Mapped[Merged], Callable[[Iterable[Tensor]], None], float]:
+    def read(step: Step) -> tuple[Stack | Mapped[Written], Callable[[Iterable[Tensor]], None], float]:
         before = time.perf_counter()
         with place.reading():
             found = state.read(step)
@@ -101,7 +100,7 @@ def run(
         moments=job.statistics,
         allow_nonfinite=allow_nonfinite,
         place=place,
-        workers=job.workers,
+        workers=job.plan.workers,
     )
     with reader, Behind(WRITES) as writes:
         state = _Run(job, reader, sink, spool, report, progress, writes)
@@ -133,6 +132,16 @@ class Merged:
 
     values: tuple[Tensor, ...]  # of each output, in its dtype
     update_square: float  # ||update||², times the square of the layer factor
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A unit of the merged model that the thread which has read and merged it has written, out of its cache."""
+
+    merged: Merged  # without the values
+    receipts: tuple[Receipt, ...]
+    nbytes: int
     seconds: float
 
 
@@ -190,31 +199,37 @@ class _Run:
         outcome = Outcome(assignment.name, 0)
         if outcome.key in self._tally.done:
             return
-        batch = Batch([outcome])
+        batch, receipts = Batch([outcome]), list[Receipt]()
         for start in range(0, assignment.numel, PIECE_ELEMENTS):
             values = self._job.base.read(assignment.name, start, min(PIECE_ELEMENTS, assignment.numel - start))
             batch.read += values.nbytes
             cast = values.to(assignment.out_dtype)
             self._check_range(assignment, cast, values)
             for output in self._outputs:
-                self._write(outcome, cast, start, output)
+                self._write(outcome, cast, start, output, receipts)
         self._tell(assignment.name, batch.read + outcome.written)
-        self._close(batch)
+        self._close(batch, receipts)
 
-    def read(self, step: Step) -> Stack | Mapped[Merged]:
-        """A group in memory; or, of elements on the CPU, each unit merged in the thread that has read it."""
-        if step.kind != "elementwise" or self._job.place.memory() is not None:
+    def read(self, step: Step) -> Stack | Mapped[Written]:
+        """A group in memory; or each unit merged and written in the thread that has read it."""
+        if not streams(step) or self._job.place.memory() is not None:
             return self._reader.read(step.group)
 
-        def merged(unit: Unit, base: Tensor, deltas: Tensor) -> Merged:
-            before = time.perf_counter()
-            return self._merged(step, unit, self._update(step, unit, deltas), base, before)
+        def written(unit: Unit, base: Tensor, deltas: Tensor) -> Written:
+            started = time.perf_counter()
+            merged = self._merged(step, unit, self._update(step, unit, deltas), base, started)
+            before, assignment, receipts = time.perf_counter(), self._assignments[unit.name], list[Receipt]()
+            for output, values in enumerate(merged.values):
+                receipts += self._store(assignment, self._as_stored(step, values), unit.start, output)
+            nbytes = len(receipts) * merged.values[0].nbytes
+            seconds = time.perf_counter() - before
+            return Written(replace(merged, values=()), tuple(receipts), nbytes, seconds)
 
-        return self._reader.map(step.group, merged)
+        return self._reader.map(step.group, written)
 
-    def step(self, step: Step, found: Stack | Mapped[Merged]) -> None:
+    def step(self, step: Step, found: Stack | Mapped[Written]) -> None:
         """One group: every unit computed, added to the base and written; or kept until its layer factor is known."""
-        batch = Batch(read=found.bytes_read)
+        batch, receipts = Batch(read=found.bytes_read), list[Receipt]()
         self._bytes_done += found.bytes_read
         for (expert, name), count in found.nonfinite.items():
             batch.nonfinite.setdefault(name, {})[self._job.experts[expert].label] = count
@@ -222,18 +237,23 @@ class _Run:
             outcome = Outcome(
                 unit.name, unit.start, matrix=step.kind == "matrix", delta_square=found.sum_squares[index]
             )
-            if isinstance(result, Merged):
-                self._put(step, unit, outcome, result)
+            if isinstance(result, Written):
+                outcome.update_square, outcome.seconds = result.merged.update_square, result.merged.seconds
+                outcome.written = result.nbytes
+                receipts += result.receipts
+                self._report.totals.write_seconds += result.seconds
+            elif isinstance(result, Merged):
+                self._put(step, unit, outcome, result, receipts)
             else:
                 self._keep(step, unit, outcome, *result)
             batch.outcomes.append(outcome)
             self._matrices_done += outcome.matrix
             self._tell(unit.name, outcome.written)
-        self._close(batch)
+        self._close(batch, receipts)
 
     def release(self) -> None:
         """Updates of one type of layers, now that the norms of all are known: scaled, added to the base, written."""
-        batch = Batch()
+        batch, receipts = Batch(), list[Receipt]()
         for waiting, factor in self._spool.factors():
             step, unit = waiting.step, waiting.unit
             outcome = Outcome(unit.name, unit.start, layer_factor=factor)
@@ -245,11 +265,12 @@ class _Run:
             take((update, base))
             self._report.totals.read_seconds += time.perf_counter() - before
             batch.read += self._reader.base_bytes(unit)
-            self._put(step, unit, outcome, self._merged(step, unit, update, base, time.perf_counter(), factor))
+            merged = self._merged(step, unit, update, base, time.perf_counter(), factor)
+            self._put(step, unit, outcome, merged, receipts)
             batch.outcomes.append(outcome)
             self._tell(unit.name, self._reader.base_bytes(unit) + outcome.written)
             del update, base  # before the next are read
-        self._close(batch)
+        self._close(batch, receipts)
         self._writes.close()  # from here on the spool is not needed
         self._spool.clear()
 
@@ -258,8 +279,8 @@ class _Run:
         self._report.totals.write_seconds += self._write_seconds
         self._tally.close()
 
-    def _results(self, step: Step, found: Stack | Mapped[Merged]) -> Iterable[Merged | tuple[Tensor, float]]:
-        """Each unit merged; or its update [m, n] and its share of the time, where that has to wait."""
+    def _results(self, step: Step, found: Stack | Mapped[Written]) -> Iterable[Written | Merged | tuple[Tensor, float]]:
+        """Each unit merged, perhaps written; or its update [m, n] and its share of the time, where that has to wait."""
         if isinstance(found, Mapped):
             return found.results
         updates = zip(step.group.units, found.base, self._updates(step, found), strict=True)
@@ -319,11 +340,11 @@ class _Run:
             self._check_range(assignment, values[-1])
         return Merged(tuple(values), norm**2, time.perf_counter() - started)
 
-    def _put(self, step: Step, unit: Unit, outcome: Outcome, merged: Merged) -> None:
+    def _put(self, step: Step, unit: Unit, outcome: Outcome, merged: Merged, receipts: list[Receipt]) -> None:
         """A merged unit to each output."""
         outcome.update_square, outcome.seconds = merged.update_square, merged.seconds
         for output, values in enumerate(merged.values):
-            self._write(outcome, values.mT if step.group.transposed else values, unit.start, output)
+            self._write(outcome, self._as_stored(step, values), unit.start, output, receipts)
 
     def _check_range(self, assignment: Assignment, cast: Tensor, values: Tensor | None = None) -> None:
         """InputError where float16 cannot hold what was finite: `values`, or without them everything."""
@@ -336,26 +357,30 @@ class _Run:
                 "float16; use bfloat16 or float32"
             )
 
-    def _write(self, outcome: Outcome, values: Tensor, start: int, output: int) -> None:
-        """Hands values on the device, in the dtype of the output, to the writing thread."""
+    def _as_stored(self, step: Step, values: Tensor) -> Tensor:
+        return (values.mT if step.group.transposed else values).contiguous()
+
+    def _write(self, outcome: Outcome, values: Tensor, start: int, output: int, receipts: list[Receipt]) -> None:
+        """Hands values on the device, contiguous, in the dtype of the output, to the writing thread."""
         assignment = self._assignments[outcome.name]
-        arrive = self._job.place.down(values.contiguous())
-        names = (assignment.name, *assignment.aliases)
-        outcome.written += len(names) * values.nbytes
+        arrive = self._job.place.down(values)
+        outcome.written += (1 + len(assignment.aliases)) * values.nbytes
 
         def write() -> None:
             before = time.perf_counter()
-            arrived = arrive()
-            for name in names:
-                self._sink.write(name, arrived, start, output)
+            receipts.extend(self._store(assignment, arrive(), start, output))
             self._write_seconds += time.perf_counter() - before
 
         self._writes.put(write)
 
-    def _close(self, batch: Batch) -> None:
+    def _store(self, assignment: Assignment, values: Tensor, start: int, output: int) -> list[Receipt]:
+        """Writes values on the CPU under every name of a tensor; in any thread."""
+        return [self._sink.write(name, values, start, output) for name in (assignment.name, *assignment.aliases)]
+
+    def _close(self, batch: Batch, receipts: Sequence[Receipt]) -> None:
         """Counts a batch as done, here now and for a later process when its last write is."""
         record = batch.plain()
-        self._writes.follow(lambda: self._sink.note(record))
+        self._writes.follow(lambda: self._sink.note(record, receipts))
         self._tally.add(batch)
 
     def _tell(self, name: str, nbytes: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from isomerge.deltas import GROUP_BYTES, Group
+from isomerge.deltas import GROUP_BYTES, STREAM_BYTES, Group
 from isomerge.errors import InputError
 from isomerge.methods import METHODS
 
@@ -72,15 +72,16 @@ def layer_type(name: str) -> str:
 
 
 def costs(step: Step, experts: int, *, on_gpu: bool = False) -> tuple[int, int]:
-    """Bytes of working memory of a step: (whatever the number of units, per unit)."""
+    """Bytes of working memory of a step: (whatever the number of units, per unit in memory)."""
     group, method = step.group, METHODS[step.call.method]
+    stacked = experts if group.reduction == "none" else 1
     elements, moment = group.m * group.n, group.moment_size**2
     workspace, outputs = method.peak_floats(group.m, group.n, experts), len(step.call.alphas)
-    if step.kind == "elementwise" and not on_gpu:
-        # Deltas, base and a raw tensor from a file; base + update; what is merged of this group and the one before.
-        return 0, int(((experts + 3 + 2 * outputs) * elements + workspace) * group.dtype.itemsize)
+    if streams(step) and not on_gpu:
+        # Deltas, base, another delta and a raw tensor from a file; base + update; what is merged.
+        return 0, int(((stacked + 4 + outputs) * elements + workspace) * group.dtype.itemsize)
     # Deltas, moments and base, of this group and of the next that is being read.
-    held = 2 * ((1 if group.summed else experts) + 1) * elements + 2 * experts * moment
+    held = 2 * (stacked + 1) * elements + 2 * experts * moment
     updates = 2 * elements + workspace
     # A raw tensor from a file, the merged ones, and one that is being written.
     single = max(elements, moment) + (outputs + 1) * elements
@@ -99,6 +100,7 @@ class Bound:
     group_bytes: int | None
     peak_bytes: int
     gpu_bytes: int | None = None
+    workers: int = 1  # threads that read side by side
 
     def length(self, step: Step, experts: int) -> int:
         """The largest number of units in a group of the step."""
@@ -111,6 +113,8 @@ class Bound:
             fitting = (self.peak_bytes - PROCESS_BYTES - fixed) // per_unit
             # A unit is computed by one thread; 64 MiB of small ones keep the overhead of a group small.
             wanted = max(GROUP_BYTES // unit_bytes, torch.get_num_threads())
+            if streams(step) and fitting >= self.workers:
+                return max(wanted, STREAM_BYTES // unit_bytes)
         else:
             fitting, wanted = (self.gpu_bytes - fixed) // per_unit, GPU_GROUP_BYTES // unit_bytes
         return max(1, min(wanted, fitting))
@@ -132,10 +136,16 @@ class Bound:
             )
 
 
-def step_bytes(step: Step, experts: int, *, on_gpu: bool = False) -> int:
+def streams(step: Step) -> bool:
+    """Whether, on a CPU, each unit is read, merged and written by one thread, and memory holds one for each thread."""
+    return step.kind == "elementwise"
+
+
+def step_bytes(step: Step, experts: int, workers: int, *, on_gpu: bool = False) -> int:
     """Bytes of working memory of a step."""
     fixed, per_unit = costs(step, experts, on_gpu=on_gpu)
-    return fixed + per_unit * len(step.group.units)
+    units = len(step.group.units)
+    return fixed + per_unit * (min(units, workers) if streams(step) and not on_gpu else units)
 
 
 def staging(step: Step, experts: int) -> int:

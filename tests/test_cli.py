@@ -305,3 +305,10 @@ def test_a_config_that_is_a_bomb_is_no_config(recipe: Path, run: Run) -> None:
     edit(recipe, out_dtype="bfloat16")
     done = run("merge", recipe, recipe.parent / "out", "--quiet")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_an_error() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, "methods"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1

@@ -84,23 +84,27 @@ def test_deltas_are_those_of_the_definition(
         assert open_checkpoint(tmp_path / f"2{suffix}").in_order("a") is (suffix != ".pt")
         stack = reader.read(group)
         mapped = reader.map(group, lambda unit, base, deltas: torch.cat([base[None], deltas]))
-        summed = reader.read(replace(group, summed=True))
+        summed, mean = (reader.read(replace(group, reduction=name)) for name in ("sum", "mean"))
+        means = reader.map(replace(group, reduction="mean"), lambda unit, base, deltas: torch.cat([base[None], deltas]))
         bases = [reader.read_base(unit, group) for unit in UNITS]
     for unit, deltas, base, result, alone in zip(UNITS, stack.deltas, stack.base, mapped.results, bases, strict=True):
         exact = expected(models, unit, transposed)
         assert torch.equal(torch.cat([base[None], deltas]), exact)
         assert torch.equal(result, exact)
         assert torch.equal(alone, exact[0])
-    for unit, total, base in zip(UNITS, summed.deltas, summed.base, strict=True):
+    for unit, total, base, part, pair in zip(
+        UNITS, summed.deltas, summed.base, mean.deltas, means.results, strict=True
+    ):
         exact = expected(models, unit, transposed)
         assert torch.equal(total, (exact[1] + exact[2] + exact[3])[None])
         assert torch.equal(base, exact[0])
+        assert torch.equal(part, total / T)
+        assert torch.equal(pair, torch.cat([base[None], part]))
     sums = [expected(models, unit, transposed)[1:].double().sum(0).square().sum().item() for unit in UNITS]
     # float32 sums of at most 120 squares of sums of three terms
-    assert stack.sum_squares == pytest.approx(sums, rel=240 * torch.finfo(torch.float32).eps)
-    assert mapped.sum_squares == pytest.approx(sums, rel=240 * torch.finfo(torch.float32).eps)
-    assert summed.sum_squares == pytest.approx(sums, rel=240 * torch.finfo(torch.float32).eps)
-    assert summed.bytes_read == stack.bytes_read == mapped.bytes_read == len(UNITS) * M * N * (4 + T * 2)
+    for found in (stack, mapped, summed, mean, means):
+        assert found.sum_squares == pytest.approx(sums, rel=240 * torch.finfo(torch.float32).eps)
+        assert found.bytes_read == len(UNITS) * M * N * (4 + T * 2)
 
 
 def test_what_is_mapped_runs_in_a_thread_with_one_thread_of_torch(
@@ -114,7 +118,7 @@ def test_what_is_mapped_runs_in_a_thread_with_one_thread_of_torch(
         assert pool.submit(lambda: torch.ones(1).add_(1) and torch.get_num_threads()).result() == threads
 
 
-@pytest.mark.parametrize("how", ["read", "map", "summed"])
+@pytest.mark.parametrize("how", ["read", "map", "sum", "mean", "mapped mean"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_found_in_every_run(
     models: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, value: float
@@ -123,18 +127,19 @@ def test_values_that_are_not_finite_are_found_in_every_run(
     models[2]["b"][1, 11, 3] = models[2]["b"][1, 0, 0] = value
     exact = expected(models, UNITS[1], False)
     exact[2, 11, 3] = exact[2, 0, 0] = 0
-    group = replace(group_of(False), summed=how == "summed")
+    reduction = how.split()[-1] if how not in ("read", "map") else "none"
+    group = replace(group_of(False), reduction=reduction)
     with opened(models, tmp_path) as reader, pytest.raises(InputError, match=r"2\.safetensors: b: 2 non-finite values"):
-        reader.map(group, lambda unit, base, deltas: None) if how == "map" else reader.read(group)
+        reader.map(group, lambda unit, base, deltas: None) if "map" in how else reader.read(group)
     with opened(models, tmp_path, allow_nonfinite=True) as reader:
-        if how == "map":
+        if "map" in how:
             found = reader.map(group, lambda unit, base, deltas: deltas.clone())
             deltas = found.results[1]
         else:
             found = reader.read(group)
             deltas = found.deltas[1]
-    wanted = (exact[1] + exact[2] + exact[3])[None] if how == "summed" else exact[1:]
-    assert torch.equal(deltas, wanted)
+    total = (exact[1] + exact[2] + exact[3])[None]
+    assert torch.equal(deltas, {"none": exact[1:], "sum": total, "mean": total / T}[reduction])
     assert found.nonfinite == {(1, "b"): 2}
     assert found.sum_squares[1] == pytest.approx(exact[1:].double().sum(0).square().sum().item(), rel=1e-4)
 
@@ -171,9 +176,10 @@ def test_pieces_without_an_update_keep_their_own_values(monkeypatch: pytest.Monk
     assert torch.equal(merge_state_dicts(base, [base], method="average")["v"], base["v"])
 
 
-@pytest.mark.parametrize("name", [name for name, method in methods.METHODS.items() if method.summed])
-def test_methods_of_the_sum_give_the_same_for_it(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name, method in methods.METHODS.items() if method.reduction != "none"])
+def test_methods_of_a_reduction_give_the_same_for_it(name: str) -> None:
     deltas = torch.randn(2, 3, 20, 30, generator=torch.Generator().manual_seed(0))
     total = deltas[:, 0] + deltas[:, 1] + deltas[:, 2]
+    reduced = total / 3 if methods.METHODS[name].reduction == "mean" else total
     function = methods.METHODS[name].function
-    assert torch.equal(function(deltas), function(total.unsqueeze(1)))
+    assert torch.equal(function(deltas), function(reduced.unsqueeze(1)))

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from isomerge.checkpoint import Checkpoint, from_state_dict, open_checkpoint
+from isomerge.deltas import PIECE_ELEMENTS
 from isomerge.errors import InputError
 from isomerge.merge import merge, open_job
 from isomerge.methods import METHODS
 from isomerge.output import check_output
 from isomerge.plan import Plan, build_plan
+from isomerge.schedule import PROCESS_BYTES
 from isomerge.settings import Model, Rule, Settings
 
 State = Mapping[str, Tensor]
@@ -269,3 +271,23 @@ def test_a_plan_is_refused_before_the_output_exists(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"e1: {QUERY} is missing"):
         merge(recipe, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == [*before, recipe]
+
+
+def test_elements_take_the_memory_of_as_many_units_as_there_are_workers() -> None:
+    state = {"w": torch.empty(1).expand(40 * PIECE_ELEMENTS)}
+    base = from_state_dict(state, "base")
+    settings = Settings("average", Model("base"), (Model("e0"), Model("e1")))
+
+    def plan(workers: int, max_memory: int | None = None) -> Plan:
+        return build_plan(settings, base, [base, base], workers=workers, max_memory=max_memory)
+
+    one, three = plan(1), plan(3)
+    unit = one.peak_bytes - PROCESS_BYTES
+    assert one.steps == three.steps
+    assert len(one.steps[0].group.units) > 3
+    assert three.peak_bytes == PROCESS_BYTES + 3 * unit
+    tight = plan(3, PROCESS_BYTES + 2 * unit)
+    assert max(len(step.group.units) for step in tight.steps) == 2
+    assert tight.peak_bytes == PROCESS_BYTES + 2 * unit
+    with pytest.raises(InputError, match="too little"):
+        plan(3, PROCESS_BYTES + unit - 1)

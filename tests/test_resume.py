@@ -56,12 +56,12 @@ def die_at_note(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[
     """From now on `action` is done in place of the `number`-th note of a writer."""
     real, left = Writer.note, number
 
-    def note(writer: Writer, record: object) -> None:
+    def note(writer: Writer, record: object, receipts: object) -> None:
         nonlocal left
         if left == 0:
             action()
         left -= 1
-        real(writer, record)  # type: ignore[arg-type]
+        real(writer, record, receipts)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Writer, "note", note)
 

@@ -7,6 +7,7 @@ holds what was asked for and nothing else.
 from isomerge.checkpoint.files import sha256_of
 from isomerge.checkpoint.folder import CHECKSUMS, open_checkpoint
 from isomerge.checkpoint.format import TensorSpec
+from isomerge.checkpoint.ledger import Receipt
 from isomerge.checkpoint.memory import MemoryWriter, from_state_dict
 from isomerge.checkpoint.reader import Checkpoint, TensorInfo
 from isomerge.checkpoint.single import write_safetensors
@@ -17,6 +18,7 @@ __all__ = [
     "CHECKSUMS",
     "Checkpoint",
     "MemoryWriter",
+    "Receipt",
     "TensorInfo",
     "TensorSpec",
     "Writer",

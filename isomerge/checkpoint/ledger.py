@@ -8,6 +8,7 @@ from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -35,6 +36,16 @@ class _Progress:
             end, last = after[1], at + 1
         self.taken[first:last] = [(begin, end)]
         return True
+
+
+class Receipt(NamedTuple):
+    """What one write has put where: elements of the tensor `name` from flat index `start`."""
+
+    output: int
+    name: str
+    start: int
+    elements: int
+    checksum: int  # CRC-32 of their bytes
 
 
 class Ledger:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from isomerge.checkpoint.format import DTYPE_NAMES, TensorSpec
-from isomerge.checkpoint.ledger import Ledger, side_name
+from isomerge.checkpoint.ledger import Ledger, Receipt, side_name
 from isomerge.checkpoint.reader import Checkpoint, TensorInfo, digest
 from isomerge.checkpoint.views import flat_pieces
 from isomerge.errors import InputError
@@ -73,12 +73,13 @@ class MemoryWriter:
         self._ledger = Ledger(specs)
         self._values = {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="cpu") for spec in specs}
 
-    def write(self, name: str, tensor: Tensor, start: int = 0, output: int = 0) -> None:
-        """As `Writer.write`, for one output."""
+    def write(self, name: str, tensor: Tensor, start: int = 0, output: int = 0) -> Receipt:
+        """As `Writer.write`, for one output, without a checksum."""
         with self._ledger.writing(name, tensor, start) as values:
             self._values[name].view(-1)[start : start + values.numel()].copy_(values.reshape(-1))
+        return Receipt(output, name, start, values.numel(), 0)
 
-    def note(self, record: Mapping[str, object]) -> None:
+    def note(self, record: Mapping[str, object], receipts: Sequence[Receipt]) -> None:
         """As `Writer.note`: nothing to be done in memory."""
 
     def add_file(self, relative: str, content: bytes | Path) -> None:

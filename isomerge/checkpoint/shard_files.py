@@ -13,6 +13,7 @@ from torch import Tensor
 from isomerge.checkpoint.files import FilePool, crc32_at, sha256_of, write_from
 from isomerge.checkpoint.shards import Shard
 from isomerge.checkpoint.staging import sync
+from isomerge.checkpoint.sums import GrowingSum
 
 PART = ".part"  # ends every file name until the file is complete, so that nothing half done looks like a model
 FLUSH_BYTES = 256 << 20  # written to a file before the disk is made to take them: the last fsync finds little to do
@@ -21,7 +22,7 @@ _MAX_OPEN = 64  # shards; groups of equal matrices go through all of them in tur
 
 class ShardFiles:
     """The same shards in each of the folders `outputs` below `folder`. In a thread of their own, files are flushed to
-    the disk as they grow, and those that are complete are fsynced, summed and renamed, while others are written.
+    the disk and summed as they grow, and those that are complete are fsynced and renamed, while others are written.
     """
 
     def __init__(
@@ -48,7 +49,12 @@ class ShardFiles:
         self._pool = FilePool(writable=True, max_open=_MAX_OPEN)
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="isomerge-finish")
         self._sums: dict[str, Future[str]] = {}
-        self._unflushed: dict[Path, int] = {}  # bytes
+        self._growing = {
+            path: GrowingSum(len(shard.header))
+            for paths in self._paths
+            for path, shard in zip(paths, shards, strict=True)
+        }
+        self._unflushed: dict[str, int] = {}  # bytes
         self._flushes: list[Future[None]] = []  # an error in one of them is told once, and by no later fsync
         self._lock = threading.Lock()
         for name, paths in zip(outputs, self._paths, strict=True):
@@ -62,15 +68,16 @@ class ShardFiles:
 
     def write(self, output: int, name: str, start: int, values: Tensor) -> None:
         """Put contiguous values at flat index `start` of a tensor."""
-        _, offset, itemsize = self._places[name]
-        file = self.file(output, name)
-        with self._pool.use(file) as fd:
-            write_from(fd, offset + start * itemsize, values)
+        index, offset, itemsize = self._places[name]
+        path, begin = self._paths[output][index], offset + start * itemsize
+        with self._pool.use(self.file(output, name)) as fd:
+            write_from(fd, begin, values)
+        self._growing[path].arrived(begin, begin + values.nbytes)
         with self._lock:
-            self._unflushed[file] = self._unflushed.get(file, 0) + values.nbytes
-            if self._unflushed[file] >= FLUSH_BYTES:
-                self._unflushed[file] = 0
-                self._flushes.append(self._finisher.submit(sync, file))
+            self._unflushed[path] = self._unflushed.get(path, 0) + values.nbytes
+            if self._unflushed[path] >= FLUSH_BYTES:
+                self._unflushed[path] = 0
+                self._flushes.append(self._finisher.submit(self._flush, path))
 
     def stands(self, output: int, name: str, start: int, count: int, checksum: int) -> bool:
         """Whether elements of a tensor are on the disk, with this CRC-32 where their file is not yet finished."""
@@ -122,10 +129,15 @@ class ShardFiles:
         if path not in self._sums:
             self._sums[path] = self._finisher.submit(self._finish_file, path)
 
+    def _flush(self, path: str) -> None:
+        part = self._folder / (path + PART)
+        sync(part)
+        self._growing[path].advance(part)
+
     def _finish_file(self, path: str) -> str:
         part = self._folder / (path + PART)
         sync(part)
-        digest = sha256_of(part)
+        digest = self._growing[path].finish(part)
         os.rename(part, self._folder / path)
         self._tell(path, digest)
         return digest

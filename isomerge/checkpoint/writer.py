@@ -16,15 +16,13 @@ from isomerge.checkpoint.files import crc32, sha256_of
 from isomerge.checkpoint.folder import CHECKSUMS, SAFETENSORS_INDEX
 from isomerge.checkpoint.format import TensorSpec
 from isomerge.checkpoint.journal import Journal, Line, difference
-from isomerge.checkpoint.ledger import Ledger, side_name
+from isomerge.checkpoint.ledger import Ledger, Receipt, side_name
 from isomerge.checkpoint.shard_files import PART, ShardFiles
 from isomerge.checkpoint.shards import build_index, layout
 from isomerge.checkpoint.staging import Staging, disk_bytes, sync
 from isomerge.errors import InputError, NonFiniteError
 
 _JOURNAL = "isomerge_journal.jsonl"
-
-_Piece = tuple[int, str, int, int, int]  # output, tensor, flat index, elements, CRC-32 of their bytes
 
 
 class Writer:
@@ -64,7 +62,6 @@ class Writer:
         self._shards = layout(specs, shard_bytes, {"format": "pt", **(metadata or {})})
         self._side: list[dict[str, bytes | Path]] = [{} for _ in outputs]
         self._scratch: list[str] = []
-        self._pending: list[_Piece] = []
         self._files: ShardFiles | None = None
         self._journal: Journal | None = None
         self._closing = threading.Lock()
@@ -83,10 +80,11 @@ class Writer:
             self._end(keep=self.resumable)
             raise
 
-    def write(self, name: str, tensor: Tensor, start: int = 0, output: int = 0) -> None:
+    def write(self, name: str, tensor: Tensor, start: int = 0, output: int = 0) -> Receipt:
         """Put the elements of `tensor`, in logical order, at flat index `start` of the tensor `name`.
 
-        `tensor` may have any shape, strides and device; its dtype is the spec's. Safe to call from several threads.
+        `tensor` may have any shape, strides and device; its dtype is the spec's. Safe to call from several threads. The
+        receipt is for `note`.
         Raises ValueError, naming the tensor, if it is unknown, of another dtype, too long, or written before in part;
         OSError with the path if the disk fails.
         """
@@ -94,23 +92,22 @@ class Writer:
             with self._ledgers[output].writing(name, tensor, start) as values:
                 assert self._files is not None
                 self._files.write(output, name, start, values)
-                if self._journal is not None:
-                    self._pending.append((output, name, start, values.numel(), crc32(values)))
+                checksum = 0 if self._journal is None else crc32(values)
+                return Receipt(output, name, start, values.numel(), checksum)
         except OSError as error:
             assert self._files is not None
             file = str(self._files.file(output, name))
             raise OSError(error.errno, f"cannot write tensor {name!r}: {error.strerror}", file) from error
 
-    def note(self, record: Line) -> None:
-        """Everything written since the last note is what `record`, plain data, speaks of, and is done.
+    def note(self, record: Line, receipts: Sequence[Receipt]) -> None:
+        """What was written for these receipts is what `record`, plain data, speaks of, and is done.
 
-        No write may be under way. Files of which every element is noted are finished in a thread.
+        Files of which every element is noted are finished in a thread.
         """
         if self._journal is not None:
-            pieces, self._pending = self._pending, []
-            self._journal.append({"record": record, "pieces": pieces})
+            self._journal.append({"record": record, "pieces": receipts})
             self.resumable = True
-            self._count(pieces)
+            self._count(receipts)
 
     def add_file(self, relative: str, content: bytes | Path, output: int = 0) -> None:
         """A file to go with the weights, at `relative` below the output's folder; a Path is copied at commit.
@@ -196,19 +193,20 @@ class Writer:
     def _take_over(self, line: Line) -> None:
         """Counts as written what a line speaks of, if it is on the disk."""
         assert self._files is not None
-        pieces = [cast(_Piece, tuple(piece)) for piece in cast("list[list[object]]", line["pieces"])]
-        if all(self._ledgers[o].is_free(name, start, count) for o, name, start, count, _ in pieces) and all(
-            self._files.stands(*piece) for piece in pieces
+        pieces = cast("list[tuple[int, str, int, int, int]]", line["pieces"])
+        receipts = [Receipt(*piece) for piece in pieces]
+        if all(self._ledgers[r.output].is_free(r.name, r.start, r.elements) for r in receipts) and all(
+            self._files.stands(*receipt) for receipt in receipts
         ):
-            for output, name, start, count, _ in pieces:
-                self._ledgers[output].claim(name, start, count)
+            for r in receipts:
+                self._ledgers[r.output].claim(r.name, r.start, r.elements)
             self.records.append(cast(Line, line["record"]))
-            self._count(pieces)
+            self._count(receipts)
 
-    def _count(self, pieces: Sequence[_Piece]) -> None:
+    def _count(self, receipts: Sequence[Receipt]) -> None:
         assert self._files is not None
-        for output, name, _, count, _ in pieces:
-            self._files.count(output, name, count)
+        for receipt in receipts:
+            self._files.count(receipt.output, receipt.name, receipt.elements)
 
     def _note_file(self, path: str, digest: str) -> None:
         if self._journal is not None:

@@ -1,5 +1,5 @@
 """`python -m isomerge.cli`."""
 
-from isomerge.cli.app import main
+from isomerge.cli.app import script
 
-main()
+script()

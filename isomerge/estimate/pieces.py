@@ -62,7 +62,7 @@ def _small_step(step: Step, names: list[str], m: int, n: int) -> Step:
     d = 0 if not group.moment_size else m if of_outputs else n
     units = tuple(Unit(name, (name,) * len(group.units[0].sources), 0, m * n, True) for name in names)
     call = replace(step.call, alphas=(1.0,) * len(step.call.alphas))
-    return replace(step, group=Group(m, n, group.transposed, group.dtype, units, d, group.summed), call=call)
+    return replace(step, group=Group(m, n, group.transposed, group.dtype, units, d, group.reduction), call=call)
 
 
 def _shifted(values: Tensor, names: list[str], shape: tuple[int, int]) -> dict[str, Tensor]:

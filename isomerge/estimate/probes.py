@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import IO, Any
 
 from torch import Tensor
 
+from isomerge.checkpoint import Receipt
 from isomerge.checkpoint.files import crc32, write_from
 from isomerge.estimate.pieces import small_job
 from isomerge.estimate.work import Work
@@ -65,12 +67,14 @@ class _Sink:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._end = file, 0
+        self._lock = threading.Lock()
 
-    def write(self, name: str, tensor: Tensor, start: int = 0, output: int = 0) -> None:
+    def write(self, name: str, tensor: Tensor, start: int = 0, output: int = 0) -> Receipt:
         values = tensor.contiguous()
-        write_from(self._file.fileno(), self._end, values)
-        crc32(values)
-        self._end += values.nbytes
+        with self._lock:
+            begin, self._end = self._end, self._end + values.nbytes
+        write_from(self._file.fileno(), begin, values)
+        return Receipt(output, name, start, values.numel(), crc32(values))
 
-    def note(self, record: Mapping[str, Any]) -> None:
+    def note(self, record: Mapping[str, Any], receipts: Sequence[Receipt]) -> None:
         """Nobody goes on from a sample."""

@@ -61,7 +61,7 @@ class Method:
     seeded: bool  # takes `seed`
     flops: Callable[[int, int, int], float]  # (m, n, T) -> floating-point operations per matrix
     peak_floats: Callable[[int, int, int], float]  # (m, n, T) -> float32 working memory per matrix, beside the deltas
-    summed: bool = False  # needs the sum of the deltas alone: gives the same for it as for them
+    reduction: str = "none"  # "sum", "mean": gives the same for this reduction of the deltas over T as for them
     moments: bool = False  # called with (deltas, moments): needs a statistics file of every expert
     presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # name -> parameters; first is default
 
@@ -126,11 +126,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         for method in (
             Method(
                 "average", average, "Weight averaging", "Wortsman et al. 2022, arXiv 2203.05482", (),
-                True, True, False, _elementwise_flops(1), _elementwise_floats(1),
+                True, True, False, _elementwise_flops(1), _elementwise_floats(1), "mean",
             ),
             Method(
                 "task_arithmetic", task_arithmetic, "Task arithmetic", "Ilharco et al. 2023, arXiv 2212.04089", (),
-                True, True, False, _elementwise_flops(1), _elementwise_floats(1),
+                True, True, False, _elementwise_flops(1), _elementwise_floats(1), "sum",
             ),
             Method(
                 "ties", ties, "TIES-Merging", "Yadav et al. 2023, arXiv 2306.01708",
@@ -153,7 +153,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             ),
             Method(
                 "iso_c", iso_c, "Iso-C", "Marczak et al. 2025, arXiv 2502.04959", (),
-                False, False, False, _iso_c_flops, _spectral_floats, summed=True,
+                False, False, False, _iso_c_flops, _spectral_floats, reduction="sum",
             ),
             Method(
                 "iso_cts", iso_cts, "Iso-CTS", "Marczak et al. 2025, arXiv 2502.04959",
