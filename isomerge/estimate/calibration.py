@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import torch
+
 from isomerge.estimate import disks
 from isomerge.estimate.probes import Sample, sample
 from isomerge.estimate.totals import Estimate, Seconds, at_full_size, finish_seconds
@@ -61,12 +63,13 @@ def estimate(job: Job, folder: Path, start: float = 0.0) -> Estimate:
     for entry in known:
         methods[entry.work.method] += entry.total
     engine = sum(seconds.engine for seconds in methods.values())
+    cores = torch.get_num_threads() if job.place.device.type == "cpu" else 0
     longest = max(known, key=lambda entry: entry.total.engine, default=None)
     return Estimate(
         methods,
         start,
         job.plan.bytes_read / rates.read,
-        finish_seconds(job.plan.bytes_written, engine, rates),
+        finish_seconds(job.plan.bytes_written, engine, rates, cores),
         rates,
         1.0 if longest is None else longest.share,
     )

@@ -110,9 +110,13 @@ def at_full_size(samples: Sequence[Sample], cubic: bool, shared: bool = True) ->
     return Seconds(compute + read if shared else max(compute, read), read, compute, last.write * area)
 
 
-def finish_seconds(written: int, engine: float, disks: Disks) -> float:
-    """Of making `written` bytes durable and their checksums, after `engine` seconds in which they were written: the
-    disk takes them meanwhile, all but the last FLUSH_BYTES.
+def finish_seconds(written: int, engine: float, disks: Disks, cores: int) -> float:
+    """Of making `written` bytes durable and their checksums, beyond the `engine` seconds in which they were written.
+
+    All but the last FLUSH_BYTES are taken by the disk and summed meanwhile: by one of the `cores` of the engine, which
+    loses what that takes; 0 where others do it.
     """
-    waiting = max(min(written, FLUSH_BYTES), written - engine * disks.write)
-    return waiting / disks.write + written / disks.checksum
+    last = min(written, FLUSH_BYTES)
+    waiting = max(last, written - engine * disks.write)
+    beside = (written - last) / cores if cores else 0.0
+    return waiting / disks.write + (last + beside) / disks.checksum
