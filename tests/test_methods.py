@@ -291,3 +291,11 @@ def test_costs_are_positive_and_grow(name: str) -> None:
     row = METHODS[name]
     assert 0 < row.flops(64, 32, 2) < row.flops(128, 64, 2) < row.flops(128, 64, 8) or row.name == "iso_c"
     assert 0 < row.peak_floats(64, 32, 2) < row.peak_floats(128, 64, 2)
+
+
+@pytest.mark.parametrize("name", ["average", "task_arithmetic"])
+def test_the_update_of_one_task_is_no_view_of_its_delta(name: str) -> None:
+    deltas = torch.randn(2, 1, 3, 4)
+    update = methods.METHODS[name].function(deltas)
+    assert torch.equal(update, deltas[:, 0])
+    assert update.data_ptr() != deltas.data_ptr()

@@ -6,18 +6,22 @@ from torch import Tensor
 
 
 def total(deltas: Tensor) -> Tensor:
-    """Σ_t Δ_t of deltas [..., T, m, n], added in the order given: the bits do not depend on what is batched."""
-    result = deltas[..., 0, :, :].clone()
-    for t in range(1, deltas.shape[-3]):
+    """Σ_t Δ_t of deltas [..., T, m, n], a view where T = 1; added in the order given: the bits do not depend on what is
+    batched.
+    """
+    if deltas.shape[-3] == 1:
+        return deltas[..., 0, :, :]
+    result = deltas[..., 0, :, :] + deltas[..., 1, :, :]
+    for t in range(2, deltas.shape[-3]):
         result += deltas[..., t, :, :]
     return result
 
 
 def average(deltas: Tensor) -> Tensor:
     """(1/T) Σ_t Δ_t for deltas [..., T, m, n]: the weight average, or model soup (Wortsman et al. 2022)."""
-    return total(deltas).div_(deltas.shape[-3])
+    return total(deltas) / deltas.shape[-3]
 
 
 def task_arithmetic(deltas: Tensor) -> Tensor:
     """Σ_t Δ_t for deltas [..., T, m, n] (Ilharco et al. 2023, "Task Arithmetic"); a sum, no mean."""
-    return total(deltas)
+    return total(deltas).clone() if deltas.shape[-3] == 1 else total(deltas)
