@@ -6,6 +6,7 @@ file: a tensor per distinct moment, and one JSON object under `isomerge_statisti
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -187,7 +188,8 @@ def sample_values(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch.
     """Up to 256 values of a tensor, rounded to `dtype`, as bytes in float32: all, or 4 evenly spaced runs of 64."""
     info = checkpoint.tensors[checkpoint.aliases.get(name, name)]
     values = torch.cat([checkpoint.read(name, start, count) for start, count in _runs(info)])
-    return bytes(values.to(dtype).float().view(torch.uint8).tolist())
+    values = values.to(dtype).float()
+    return ctypes.string_at(values.data_ptr(), values.nbytes)
 
 
 def moment_fault(moment: Tensor) -> str | None:

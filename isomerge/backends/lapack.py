@@ -1,9 +1,9 @@
-"""LAPACK routines that torch does not offer, from scipy, called on torch's memory, each call on one thread.
+"""BLAS and LAPACK routines that torch does not offer, from scipy, called on torch's memory, each call on one thread.
 
-scipy publishes the addresses of LAPACK for compilers (`scipy.linalg.cython_lapack`); through ctypes a call leaves the
-interpreter free, so that solves run side by side. Its functions for Python hold the interpreter: two solves at once
-took 2.0 times the time of one. OpenBLAS, which its packages hold, has threads of its own: they fight with the workers
-of `side_by_side.py` and change the bits of results, so it is set to one while a routine runs here, and back.
+scipy publishes their addresses for compilers (`scipy.linalg.cython_lapack`, `cython_blas`); through ctypes a call
+leaves the interpreter free, so that solves run side by side. Its functions for Python hold the interpreter: two solves
+at once took 2.0 times the time of one. OpenBLAS, which its packages hold, has threads of its own: they fight with the
+workers of `side_by_side.py` and change the bits of results, so it is set to one while a routine runs here, and back.
 """
 
 from __future__ import annotations
@@ -15,20 +15,25 @@ from functools import lru_cache
 from os import register_at_fork
 from threading import Lock
 
+import torch
 from torch import Tensor
 
 ROUTINES = ("dsytrd", "dsterf", "dstein", "dstedc", "dormtr")
-SIGNATURE = re.compile(r"void \(((char|int|\w+_d) \*(, )?)+\)")  # 32-bit integers, no hidden lengths of strings
+BLAS = ("ssyrk", "dsyrk")
+SIGNATURE = re.compile(r"void \(((char|int|\w+_[sd]) \*(, )?)+\)")  # 32-bit integers, no hidden lengths of strings
 PTHREADS = 1  # openblas_get_parallel(): one pool for the process; with OpenMP every thread has a number of its own
+
+_Argument = Tensor | ctypes.c_char | ctypes.c_int | ctypes.c_float | ctypes.c_double
 
 
 class _Library:
     """The routines by name. Inside `with` OpenBLAS has one thread; the last one out restores the number before."""
 
     def __init__(self) -> None:
-        from scipy.linalg import cython_lapack
+        from scipy.linalg import cython_blas, cython_lapack
 
         capsules = {name: cython_lapack.__pyx_capi__[name] for name in ROUTINES}
+        capsules |= {name: cython_blas.__pyx_capi__[name] for name in BLAS}
         self.routines = {name: _function(name, capsule) for name, capsule in capsules.items()}
         library = ctypes.CDLL(cython_lapack.__file__)  # looks through the libraries that this one was linked with
         for prefix in ("scipy_openblas_", "openblas_"):
@@ -104,15 +109,33 @@ def call(name: str, *arguments: str | int | Tensor) -> int:
     Letters and integers are passed as LAPACK wants them, tensors by their address, matrices stored by columns. The
     caller sees to dtypes (float64, int32) and sizes. RuntimeError with what `availability` says.
     """
+    info = ctypes.c_int(0)
+    _run(name, *map(_held, arguments), info)
+    return info.value
+
+
+def add_syrk(B: Tensor, out: Tensor) -> None:
+    """out += BᵀB in the lower triangle [r, r] by rows, for B [p, r] by rows or columns, both float32 or float64."""
+    single = B.dtype == torch.float32
+    number = ctypes.c_float if single else ctypes.c_double
+    (p, r), one = B.shape, number(1)
+    by_rows = B.stride(1) == 1
+    # By columns, as BLAS sees it, the lower triangle is the upper, and what stands by rows its own transpose.
+    letters, sizes = map(_held, ("U", "N" if by_rows else "T")), map(_held, (r, p))
+    steps = _held(max(1, r, B.stride(0)) if by_rows else max(1, p, B.stride(1))), _held(max(1, r, out.stride(0)))
+    _run("ssyrk" if single else "dsyrk", *letters, *sizes, one, B, steps[0], one, out, steps[1])
+
+
+def _held(value: str | int | Tensor) -> _Argument:
+    if isinstance(value, Tensor):
+        return value
+    return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_char(value.encode())
+
+
+def _run(name: str, *arguments: _Argument) -> None:
     library = _library()
     if isinstance(library, str):
         raise RuntimeError(library)
-    info = ctypes.c_int(0)
-    held = [
-        a if isinstance(a, Tensor) else ctypes.c_int(a) if isinstance(a, int) else ctypes.c_char(a.encode())
-        for a in arguments
-    ]
-    addresses = [a.data_ptr() if isinstance(a, Tensor) else ctypes.addressof(a) for a in held]
+    addresses = [a.data_ptr() if isinstance(a, Tensor) else ctypes.addressof(a) for a in arguments]
     with library:
-        library.routines[name](*addresses, ctypes.addressof(info))
-    return info.value
+        library.routines[name](*addresses)
