@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from isomerge import output
+from isomerge.assignments import check_settings, needs_statistics
 from isomerge.checkpoint import Checkpoint, MemoryWriter, TensorSpec, Writer, from_state_dict, open_checkpoint
 from isomerge.errors import InputError
 from isomerge.moments import Moments, check_fingerprints
 from isomerge.place import Place, open_place
-from isomerge.plan import Plan, build_plan, check_settings, needs_statistics
+from isomerge.plan import Plan, build_plan
 from isomerge.report import Report, new_report, of_output
 from isomerge.run import Job, Progress, run
 from isomerge.settings import (

@@ -5,7 +5,6 @@ No tensor is read here, and every mistake that headers can show is an `InputErro
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
@@ -13,59 +12,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from isomerge import families, headers, moments
+from isomerge import families, headers
+from isomerge.assignments import Assignment, Calls, assign, with_layer_types, with_moments
 from isomerge.deltas import Group, Unit, cut, moment_bytes, pieces
-from isomerge.errors import InputError
-from isomerge.families import Family, Kind
-from isomerge.methods import METHODS, check_parameters
-from isomerge.schedule import (
-    LAYER_EXPONENT,
-    PROCESS_BYTES,
-    Bound,
-    Call,
-    Step,
-    layer_type,
-    physical_bytes,
-    staging,
-    step_bytes,
-)
+from isomerge.families import Family
+from isomerge.methods import METHODS
+from isomerge.schedule import PROCESS_BYTES, Bound, Step, physical_bytes, staging, step_bytes
 from isomerge.settings import Settings
 
 if TYPE_CHECKING:
-    from isomerge.checkpoint import Checkpoint, TensorInfo
+    from isomerge.checkpoint import Checkpoint
     from isomerge.moments import Moments
-
-FALLBACK = "tsvm"  # of layers for which no expert has the statistics that their method needs
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """What happens to one tensor of the base; `call` is None where the base's values are kept."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    out_dtype: torch.dtype
-    kind: Kind
-    call: Call | None
-    aliases: tuple[str, ...]  # further names under which the result is stored
-    rule: int | None
-    moment_size: int = 0  # d of the second moments that its method is called with; 0: none
-    layer_type: str | None = None  # its update is scaled by its norm among those of this type; None: it is not
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """m x n = out x in of each of its matrices."""
-        return self.kind.sides(self.shape)
-
-    @property
-    def numel(self) -> int:
-        return torch.Size(self.shape).numel()
-
-    @property
-    def bytes_written(self) -> int:
-        """In each output of the merge."""
-        return self.numel * self.out_dtype.itemsize * (1 + len(self.aliases))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,22 +132,23 @@ def build_plan(
 ) -> Plan:
     """The plan of a merge from the headers of its checkpoints and, where a method needs them, of their statistics.
 
-    `group_bytes` bounds the deltas and moments of one group, one unit at least; no result depends on it. Without it, a
-    group has a unit for every thread as far as the merge stays below `max_memory`: by default the size of the base + 3
-    times the deltas and moments of the largest tensor + 500 MB, and half of the machine's memory at most. With
-    `gpu_memory`, groups are on a GPU, and as large as it allows. InputError for a bound given that one unit passes.
+    `group_bytes` bounds the deltas and moments of one group, one unit at least. Without it, a group has a unit for each
+    thread as far as the merge stays below `max_memory`: by default the size of the base + 3 times the deltas and
+    moments of the largest tensor + 500 MB, and half of the machine's memory at most. With `gpu_memory`, groups are on a
+    GPU, and as large as it allows. Of elements, memory holds as many units as there are `workers`, by default torch's
+    threads. No result depends on any of these. InputError for a bound given that one unit passes.
     """
-    calls = _Calls(settings)
+    calls = Calls(settings)
     family = families.recognise({name: info.shape for name, info in base.tensors.items()})
-    assignments = [_assign(info, base, family, settings, calls) for info in base.tensors.values()]
+    assignments = [assign(info, base, family, settings, calls) for info in base.tensors.values()]
     merged = [a.name for a in assignments if a.call is not None]
     headers.check_base_dtypes(base, merged)
     buffers = [a.name for a in assignments if not a.dtype.is_floating_point]
     by_rule = {a.name for a in assignments if a.rule is not None and settings.rules[a.rule].keep_base}
     headers.check_buffers(base, experts, [name for name in buffers if name not in by_rule])
     sources = headers.match(base, experts, merged, family)
-    assignments, said = _with_moments(assignments, sources.names, family, statistics)
-    assignments = _with_layer_types(assignments)
+    assignments, said = with_moments(assignments, sources.names, family, statistics)
+    assignments = with_layer_types(assignments)
     dtypes = _dtypes(settings, base, experts, sources.names)
     largest = max(
         ((a.numel + a.moment_size**2) * dtypes[a.name].itemsize for a in assignments if a.call is not None), default=0
@@ -214,134 +172,6 @@ def build_plan(
         warnings=(*_warnings(settings, assignments), *sources.warnings, *said),
         _bytes_read=read,
     )
-
-
-def check_settings(settings: Settings) -> None:
-    """InputError when a method or a parameter of the recipe is unknown or out of range, or when a method needs
-    statistics and a model has none. Opens no file.
-    """
-    _Calls(settings)
-
-
-def needs_statistics(settings: Settings) -> str | None:
-    """The first method of the recipe and its rules that is called with second moments."""
-    methods = (settings.method, *(rule.merge_method for rule in settings.rules))
-    return next((method for method in methods if method is not None and METHODS[method].moments), None)
-
-
-def _check_statistics(settings: Settings) -> None:
-    method = needs_statistics(settings)
-    lacking = next((index for index, model in enumerate(settings.models) if model.statistics is None), None)
-    if method is not None and lacking is not None:
-        key = f"models[{lacking}].statistics" if settings.models[lacking].path is not None else f"statistics[{lacking}]"
-        raise InputError(
-            f"{settings.source}: {key}: missing; {method} needs the statistics of every expert, "
-            "which isomerge capture writes"
-        )
-
-
-class _Calls:
-    """The calls a recipe makes, checked once: per rule (None: no rule), for matrices and for all other tensors."""
-
-    def __init__(self, settings: Settings) -> None:
-        where = settings.source
-        self._matrix: dict[int | None, Call] = {
-            None: _call(settings.method, settings.parameters, settings.alphas, where)
-        }
-        for index, rule in enumerate(settings.rules):
-            method = rule.merge_method or settings.method
-            # The recipe's parameters belong to the recipe's method; another method starts from its own defaults.
-            inherited = settings.parameters if method == settings.method else {}
-            alphas = settings.alphas if rule.alpha is None else (rule.alpha,) * len(settings.alphas)
-            self._matrix[index] = _call(method, {**inherited, **rule.parameters}, alphas, f"{where}: rules[{index}]")
-        _check_statistics(settings)
-
-    def __call__(self, rule: int | None, kind: str) -> Call:
-        """Tensors that are not matrices are averaged where the method is one for matrices."""
-        call = self._matrix[rule]
-        if kind == "matrix" or METHODS[call.method].elementwise:
-            return call
-        return Call("average", check_parameters("average", {}), call.alphas)
-
-
-def _call(method: str, parameters: Mapping[str, object], alphas: tuple[float, ...], where: str) -> Call:
-    try:
-        return Call(method, check_parameters(method, parameters), alphas)
-    except InputError as error:
-        raise InputError(f"{where}{'.' if where.endswith(']') else ': '}{error}") from None
-
-
-def _assign(info: TensorInfo, base: Checkpoint, family: Family, settings: Settings, calls: _Calls) -> Assignment:
-    rule = settings.rule_for(info.name)
-    kind = families.classify(info.name, info.shape, info.dtype, family, settings.scope, settings.flatten_conv)
-    call: Call | None = None
-    if rule is not None and settings.rules[rule].keep_base:
-        kind = Kind("keep")
-    if kind.kind != "keep":
-        method = METHODS[calls(rule, "matrix").method]
-        if method.elementwise:
-            kind = Kind("elementwise")
-        elif rule is not None and settings.rules[rule].merge_method is not None:
-            kind = families.as_matrix(info.name, info.shape, family)  # asked for by name: heads, embeddings, kernels
-        call = calls(rule, kind.kind)
-    floating = info.dtype.is_floating_point
-    return Assignment(
-        name=info.name,
-        shape=info.shape,
-        dtype=info.dtype,
-        out_dtype=settings.out_dtype if settings.out_dtype is not None and floating else info.dtype,
-        kind=kind,
-        call=call,
-        aliases=tuple(alias for alias, target in base.aliases.items() if target == info.name),
-        rule=rule,
-    )
-
-
-def _with_moments(
-    assignments: Sequence[Assignment],
-    sources: Mapping[str, tuple[str, ...]],
-    family: Family,
-    statistics: Sequence[Moments],
-) -> tuple[list[Assignment], list[str]]:
-    """The assignments with the sizes of their moments, and warnings; FALLBACK takes those that want some and have none.
-
-    The layer exponent stays with a tensor that falls to it: the factors are of all layers of a type.
-    """
-    wanting = [a for a in assignments if a.call is not None and METHODS[a.call.method].moments]
-    # No one moment is that of a stack of experts, and under `scope: paper` a weight stored [in, out] is merged as it
-    # stands, where its inputs are on the side of the outputs.
-    fitting = [a for a in wanting if len(a.shape) == 2 and a.kind == families.as_matrix(a.name, a.shape, family)]
-    found = moments.match([moments.Layer(a.name, sources[a.name], *a.matrix) for a in fitting], statistics)
-    lacking: list[str] = []
-    result = []
-    for a in assignments:
-        if a.call is None or not METHODS[a.call.method].moments:
-            result.append(a)
-        elif a.name in found.sizes:
-            result.append(replace(a, moment_size=found.sizes[a.name]))
-        else:
-            lacking.append(a.name)
-            own = {name: value for name, value in a.call.parameters.items() if name == LAYER_EXPONENT}
-            call = Call(FALLBACK, {**check_parameters(FALLBACK, {}), **own}, a.call.alphas)
-            result.append(replace(a, call=call))
-    if lacking:
-        found.warnings.append(
-            f"{len(lacking)} of {len(wanting)} tensors have no statistics and are merged with {FALLBACK}: "
-            + ", ".join(lacking[:3])
-            + (", ..." if len(lacking) > 3 else "")
-        )
-    return result, found.warnings
-
-
-def _with_layer_types(assignments: Sequence[Assignment]) -> list[Assignment]:
-    """The assignments with the types of those whose factors depend on other layers: more than one of the type."""
-    types = {
-        a.name: layer_type(a.name)
-        for a in assignments
-        if a.call is not None and a.kind.kind == "matrix" and a.call.layer_exponent != 0
-    }
-    counts = Counter(types.values())
-    return [replace(a, layer_type=types[a.name]) if counts[types.get(a.name, "")] > 1 else a for a in assignments]
 
 
 def _steps(

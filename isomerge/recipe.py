@@ -20,7 +20,7 @@ A rule's own `merge_method` takes every 2-D tensor and every kernel that it matc
 depthwise kernels too. Which tensors are kernels, and what matrix one is, `isomerge.families` says.
 
 Anything that is not understood is an `InputError` of one line that starts with the file's name and the key.
-Whether the method knows its parameters is checked by `isomerge.plan`, beside the methods.
+Whether the method knows its parameters is checked by `isomerge.assignments`, beside the methods.
 """
 
 from __future__ import annotations

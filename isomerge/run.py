@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from isomerge import ops
+from isomerge.assignments import Assignment
 from isomerge.checkpoint import Checkpoint, Receipt
 from isomerge.delta_reader import DeltaReader
 from isomerge.deltas import PIECE_ELEMENTS, Mapped, Stack, Unit, frobenius
@@ -31,7 +32,7 @@ from isomerge.methods import METHODS
 from isomerge.moments import Moments
 from isomerge.overlap import Behind, ahead
 from isomerge.place import Place
-from isomerge.plan import Assignment, Plan
+from isomerge.plan import Plan
 from isomerge.report import Report, peak_rss
 from isomerge.schedule import Step, streams
 from isomerge.spool import Spool

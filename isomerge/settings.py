@@ -53,7 +53,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """A whole recipe. `parameters` are the method's own, not yet checked against it: `isomerge.plan` does that."""
+    """A whole recipe. `parameters` are the method's own, which `isomerge.assignments` checks."""
 
     method: str
     base: Model

@@ -17,6 +17,7 @@ LEVELS = (  # from the bottom; a module may import from lower levels, and from i
     {"ops"},
     {"methods", "deltas", "families", "nonfinite", "recipe", "statistics"},
     {"delta_reader", "headers", "schedule", "moments"},
+    {"assignments"},
     {"plan", "spool"},
     {"report"},
     {"output", "tally"},

@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
+from isomerge.assignments import check_settings
 from isomerge.errors import InputError
-from isomerge.plan import check_settings
 from isomerge.recipe import dump_recipe, load_recipe, parse_recipe
 from isomerge.settings import Rule
 

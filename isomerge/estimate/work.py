@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from isomerge.assignments import Assignment
 from isomerge.methods import METHODS
-from isomerge.plan import Assignment
 from isomerge.run import Job
 from isomerge.schedule import Step
 

@@ -8,8 +8,8 @@ from random import Random
 
 import yaml
 
+from isomerge.assignments import check_settings
 from isomerge.methods import METHODS
-from isomerge.plan import check_settings
 from isomerge.recipe import dump_recipe, load_recipe
 
 from . import mutate
