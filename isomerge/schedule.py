@@ -72,7 +72,7 @@ def layer_type(name: str) -> str:
 
 
 def costs(step: Step, experts: int, *, on_gpu: bool = False) -> tuple[int, int]:
-    """Bytes of working memory of a step: (whatever the number of units, per unit in memory)."""
+    """Bytes of working memory of a step: (whatever the number of units, per unit in memory), one task at a time."""
     group, method = step.group, METHODS[step.call.method]
     stacked = experts if group.reduction == "none" else 1
     elements, moment = group.m * group.n, group.moment_size**2
@@ -115,9 +115,11 @@ class Bound:
             wanted = max(GROUP_BYTES // unit_bytes, torch.get_num_threads())
             if streams(step) and fitting >= self.workers:
                 return max(wanted, STREAM_BYTES // unit_bytes)
-        else:
-            fitting, wanted = (self.gpu_bytes - fixed) // per_unit, GPU_GROUP_BYTES // unit_bytes
-        return max(1, min(wanted, fitting))
+            units = max(1, min(wanted, fitting))
+            while units > 1 and PROCESS_BYTES + bytes_of(step, units, experts, self.workers) > self.peak_bytes:
+                units -= 1
+            return units
+        return max(1, min(GPU_GROUP_BYTES // unit_bytes, (self.gpu_bytes - fixed) // per_unit))
 
     def check(self, steps: Iterable[Step], experts: int) -> None:
         """InputError if a single unit of some step takes more than there is, with the least that all of them need."""
@@ -125,7 +127,7 @@ class Bound:
         process = 0 if on_gpu else PROCESS_BYTES
         given, name = (self.peak_bytes, "memory") if self.gpu_bytes is None else (self.gpu_bytes, "GPU memory")
         least, step = max(
-            ((process + sum(costs(s, experts, on_gpu=on_gpu)), s) for s in steps),
+            ((process + bytes_of(s, 1, experts, self.workers, on_gpu=on_gpu), s) for s in steps),
             key=lambda p: p[0],
             default=(0, None),
         )
@@ -141,11 +143,23 @@ def streams(step: Step) -> bool:
     return step.kind == "elementwise"
 
 
+def bytes_of(step: Step, units: int, experts: int, workers: int, *, on_gpu: bool = False) -> int:
+    """Bytes of working memory of a step on `units` units."""
+    group = step.group
+    fixed, per_unit = costs(step, experts, on_gpu=on_gpu)
+    if on_gpu:
+        return fixed + per_unit * units
+    if streams(step):
+        return fixed + per_unit * min(units, workers)
+    # Threads that have no unit of their own take a task of another's.
+    beside = max(0, min(torch.get_num_threads(), units * experts) - units)
+    floats = METHODS[step.call.method].task_floats(group.m, group.n)
+    return fixed + per_unit * units + int(beside * floats * group.dtype.itemsize)
+
+
 def step_bytes(step: Step, experts: int, workers: int, *, on_gpu: bool = False) -> int:
     """Bytes of working memory of a step."""
-    fixed, per_unit = costs(step, experts, on_gpu=on_gpu)
-    units = len(step.group.units)
-    return fixed + per_unit * (min(units, workers) if streams(step) and not on_gpu else units)
+    return bytes_of(step, len(step.group.units), experts, workers, on_gpu=on_gpu)
 
 
 def staging(step: Step, experts: int) -> int:

@@ -18,7 +18,7 @@ from isomerge.merge import merge, open_job
 from isomerge.methods import METHODS
 from isomerge.output import check_output
 from isomerge.plan import Plan, build_plan
-from isomerge.schedule import PROCESS_BYTES
+from isomerge.schedule import PROCESS_BYTES, step_bytes
 from isomerge.settings import Model, Rule, Settings
 
 State = Mapping[str, Tensor]
@@ -291,3 +291,19 @@ def test_elements_take_the_memory_of_as_many_units_as_there_are_workers() -> Non
     assert tight.peak_bytes == PROCESS_BYTES + 2 * unit
     with pytest.raises(InputError, match="too little"):
         plan(3, PROCESS_BYTES + unit - 1)
+
+
+def test_tasks_that_are_computed_side_by_side_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a single unit four threads take four tasks, each with memory of its own; of four units they take the units."""
+    state = {f"layers.{i}.weight": torch.empty(1).expand(1024, 1024) for i in range(4)}
+
+    def peak(threads: int, method: str, group_bytes: int) -> int:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        plan = plan_of(state, *[state] * 4, method=method, group_bytes=group_bytes)
+        return max(step_bytes(step, 4, 1) for step in plan.steps)
+
+    task = 4 * METHODS["tsvm"].task_floats(1024, 1024)
+    assert task > 0
+    assert peak(4, "tsvm", 1) - peak(1, "tsvm", 1) == 3 * task
+    assert peak(4, "tsvm", 2**40) == peak(1, "tsvm", 2**40)
+    assert peak(4, "iso_c", 1) == peak(1, "iso_c", 1)  # of one sum

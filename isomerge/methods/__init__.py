@@ -61,6 +61,7 @@ class Method:
     seeded: bool  # takes `seed`
     flops: Callable[[int, int, int], float]  # (m, n, T) -> floating-point operations per matrix
     peak_floats: Callable[[int, int, int], float]  # (m, n, T) -> float32 working memory per matrix, beside the deltas
+    task_floats: Callable[[int, int], float] = lambda m, n: 0.0  # (m, n) -> of each further task at the same time
     reduction: str = "none"  # "sum", "mean": gives the same for this reduction of the deltas over T as for them
     moments: bool = False  # called with (deltas, moments): needs a statistics file of every expert
     presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # name -> parameters; first is default
@@ -110,6 +111,14 @@ def _spectral_floats(m: int, n: int, T: int) -> float:
     return 8.0 * m * n + 12.0 * r * r + 3.0 * (m + n) * r  # float64 copies of one matrix and its Gram, bases, factors
 
 
+def _spectral_task_floats(m: int, n: int) -> float:
+    return 2.0 * m * n + 6.0 * min(m, n) ** 2  # one more of T = 4 or 8 took 1.4 to 1.6 m n of 4:1, 2.5 to 8 of squares
+
+
+def _esm_task_floats(m: int, n: int) -> float:
+    return 2.0 * m * n + 5.0 * m * m + 4.0 * min(m, n) ** 2  # took 0.5 to 0.97 of it
+
+
 def _iso_c_floats(m: int, n: int, T: int) -> float:
     return 9.5 * m * n + 10.0 * min(m, n) ** 2  # a polar factor by float64 SVD: takes 0.88 to 1.0 of it, 1:1 to 16:1
 
@@ -130,11 +139,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         for method in (
             Method(
                 "average", average, "Weight averaging", "Wortsman et al. 2022, arXiv 2203.05482", (),
-                True, True, False, _elementwise_flops(1), _elementwise_floats(1), "mean",
+                True, True, False, _elementwise_flops(1), _elementwise_floats(1), reduction="mean",
             ),
             Method(
                 "task_arithmetic", task_arithmetic, "Task arithmetic", "Ilharco et al. 2023, arXiv 2212.04089", (),
-                True, True, False, _elementwise_flops(1), _elementwise_floats(1), "sum",
+                True, True, False, _elementwise_flops(1), _elementwise_floats(1), reduction="sum",
             ),
             Method(
                 "ties", ties, "TIES-Merging", "Yadav et al. 2023, arXiv 2306.01708",
@@ -153,7 +162,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             ),
             Method(
                 "tsvm", tsvm, "TSV-Merge", "Gargiulo et al. 2025, arXiv 2412.00081", (),
-                False, False, False, _tsvm_flops, _spectral_floats,
+                False, False, False, _tsvm_flops, _spectral_floats, _spectral_task_floats,
             ),
             Method(
                 "iso_c", iso_c, "Iso-C", "Marczak et al. 2025, arXiv 2502.04959", (),
@@ -162,7 +171,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method(
                 "iso_cts", iso_cts, "Iso-CTS", "Marczak et al. 2025, arXiv 2502.04959",
                 (Parameter("common_space_fraction", float, 0.8, 0.0, 1.0, "share of the directions that is common"),),
-                False, False, False, _iso_cts_flops, _spectral_floats,
+                False, False, False, _iso_cts_flops, _spectral_floats, _spectral_task_floats,
             ),
             Method(
                 "esm", esm, "Essential subspace merging", "arXiv 2602.20208, 2606.19164",
@@ -173,7 +182,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                     Parameter("dimension_exponent", float, 2.0, 0.0, 8.0, "polarization between columns; 0 is none"),
                     Parameter("layer_exponent", float, 2.0, 0.0, 8.0, "polarization between like layers; 0 is none"),
                 ),
-                False, False, False, _esm_flops, _esm_floats, moments=True, presets=PRESETS,
+                False, False, False, _esm_flops, _esm_floats, _esm_task_floats, moments=True, presets=PRESETS,
             ),
         )
     }
