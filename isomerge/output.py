@@ -64,8 +64,8 @@ def identity(report: Report, base: Checkpoint, experts: Sequence[Checkpoint]) ->
         "experts": [
             {**entry, "modified": expert.modified} for entry, expert in zip(report.experts, experts, strict=True)
         ],
-        "versions": {name: report.versions[name] for name in ("isomerge", "torch")},
-        "device": report.machine["device"],
+        "versions": {name: report.versions[name] for name in ("isomerge", "torch", "scipy")},
+        **{name: report.machine[name] for name in ("device", "instructions")},
     }
 
 

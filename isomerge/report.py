@@ -8,6 +8,8 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,9 +101,15 @@ def new_report(
     settings = plan.settings
     captured: Sequence[Moments | None] = statistics or [None] * len(experts)
     return Report(
-        versions={"isomerge": version, "torch": torch.__version__, "python": platform.python_version()},
+        versions={
+            "isomerge": version,
+            "torch": torch.__version__,
+            "scipy": _scipy_version(),
+            "python": platform.python_version(),
+        },
         machine={
             "system": f"{platform.system()} {platform.machine()}",
+            "instructions": torch.backends.cpu.get_cpu_capability(),
             "cpus": os.cpu_count() or 1,
             "threads": torch.get_num_threads(),
             "device": device,
@@ -161,6 +169,15 @@ def _statistics(model: Model, found: Moments | None) -> dict[str, object]:
         return {}
     file = found.source
     return {"statistics": model.statistics, "statistics_digest": file.digest, "samples": file.samples}
+
+
+@cache
+def _scipy_version() -> str:
+    """As its package says, without loading it; its LAPACK and BLAS have a part in results on a CPU."""
+    try:
+        return metadata.version("scipy")
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def peak_rss() -> int | None:

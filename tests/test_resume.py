@@ -267,6 +267,19 @@ def test_another_merge_does_not_go_on(
     assert content(models / "out") == content(models / "whole")
 
 
+def test_another_library_or_processor_does_not_go_on(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their products and eigensolves round in ways of their own."""
+    recipe = recipe_of(models)
+    interrupted(monkeypatch, recipe, models / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("isomerge.report._scipy_version", lambda: "0.1")
+        with pytest.raises(InputError, match=r"versions\.scipy: '\S+' then, '0\.1' now"):
+            merge(recipe, models / "out")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "NONE")
+    with pytest.raises(InputError, match=r"instructions: '\S+' then, 'NONE' now"):
+        merge(recipe, models / "out")
+
+
 def test_shards_of_another_size_do_not_go_on(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(models)
     interrupted(monkeypatch, recipe, models / "out")
