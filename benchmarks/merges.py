@@ -112,7 +112,7 @@ def run_esm(rounds: int, token_counts: list[int]) -> None:
 
 
 def run_models(rounds: int, folder: Path) -> None:
-    folders = sorted(path for path in (folder / "experts").iterdir() if path.is_dir())
+    folders = sorted(path for path in (folder / "experts").iterdir() if (path / "config.json").exists())
     base, *experts = (open_checkpoint(path) for path in (folder / "base", *folders))
     family = recognise({name: info.shape for name, info in base.tensors.items()})
     by_shape: dict[tuple[int, ...], list[Tensor]] = {}

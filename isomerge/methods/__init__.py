@@ -148,7 +148,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method(
                 "ties", ties, "TIES-Merging", "Yadav et al. 2023, arXiv 2306.01708",
                 (Parameter("density", float, 0.2, 0.0, 1.0, f"{DENSITY}, the largest"),),
-                True, False, False, _elementwise_flops(12), _elementwise_floats(1),
+                True, False, False, _elementwise_flops(12), _elementwise_floats(1.5),
             ),
             Method(
                 "dare_linear", dare_linear, "DARE, linear", "Yu et al. 2024, arXiv 2311.03099",
@@ -158,7 +158,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method(
                 "dare_ties", dare_ties, "DARE, TIES", "Yu et al. 2024, arXiv 2311.03099",
                 (Parameter("density", float, 0.2, 1e-6, 1.0, f"{DENSITY}, at random"),),
-                True, False, True, _elementwise_flops(12), _elementwise_floats(9),
+                True, False, True, _elementwise_flops(12), _elementwise_floats(12),
             ),
             Method(
                 "tsvm", tsvm, "TSV-Merge", "Gargiulo et al. 2025, arXiv 2412.00081", (),

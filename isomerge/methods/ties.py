@@ -79,8 +79,8 @@ def _trimmed(deltas: Tensor, thresholds: Sequence[Tensor]) -> Iterator[Tensor]:
 def _dropped(deltas: Tensor, density: float, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     for delta in deltas.unbind(-3):
-        kept = torch.rand(delta.shape, generator=generator) < density
-        yield torch.where(kept.to(delta.device), delta / density, 0)
+        left_out = torch.rand(delta.shape, generator=generator) >= density
+        yield (delta / density).masked_fill_(left_out.to(delta.device), 0)
 
 
 def _election(deltas: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
