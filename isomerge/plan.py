@@ -17,7 +17,7 @@ from isomerge.assignments import Assignment, Calls, assign, with_layer_types, wi
 from isomerge.deltas import Group, Unit, cut, moment_bytes, pieces
 from isomerge.families import Family
 from isomerge.methods import METHODS
-from isomerge.schedule import PROCESS_BYTES, Bound, Step, physical_bytes, staging, step_bytes
+from isomerge.schedule import Bound, Step, physical_bytes, process_bytes, staging, step_bytes
 from isomerge.settings import Settings
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Plan:
         taken = (
             staging(step, experts) if self.on_gpu else step_bytes(step, experts, self.workers) for step in self.steps
         )
-        return PROCESS_BYTES + max(taken, default=0)
+        return process_bytes(self.workers) + max(taken, default=0)
 
     @cached_property
     def gpu_bytes(self) -> int:

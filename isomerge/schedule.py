@@ -20,6 +20,7 @@ LAYER_EXPONENT = "layer_exponent"  # the parameter of a call that the driver app
 _BLOCKS = re.compile(r"(res)?blocks?")
 _INDEX = re.compile(r"((?:\w*(?:layer|block)_)?)\d+")  # `3`, and torchvision's `encoder_layer_3`
 PROCESS_BYTES = 360 * 2**20  # Python with torch loaded and what malloc keeps back (measured: 250 to 350 MiB)
+THREAD_BYTES = 26 * 2**20  # that malloc keeps back for each thread beyond two (measured with eight: 17 to 24 MiB)
 
 GPU_GROUP_BYTES = 2 * 2**30
 """Of the deltas that a GPU computes together: at T = 8 the 113 matrices of 768 x 768 of this size are one batch, where
@@ -110,13 +111,14 @@ class Bound:
             return max(1, self.group_bytes // unit_bytes)
         fixed, per_unit = costs(step, experts, on_gpu=self.gpu_bytes is not None)
         if self.gpu_bytes is None:
-            fitting = (self.peak_bytes - PROCESS_BYTES - fixed) // per_unit
+            room = self.peak_bytes - process_bytes(self.workers)
+            fitting = (room - fixed) // per_unit
             # A unit is computed by one thread; 64 MiB of small ones keep the overhead of a group small.
             wanted = max(GROUP_BYTES // unit_bytes, torch.get_num_threads())
             if streams(step) and fitting >= self.workers:
                 return max(wanted, STREAM_BYTES // unit_bytes)
             units = max(1, min(wanted, fitting))
-            while units > 1 and PROCESS_BYTES + bytes_of(step, units, experts, self.workers) > self.peak_bytes:
+            while units > 1 and bytes_of(step, units, experts, self.workers) > room:
                 units -= 1
             return units
         return max(1, min(GPU_GROUP_BYTES // unit_bytes, (self.gpu_bytes - fixed) // per_unit))
@@ -124,7 +126,7 @@ class Bound:
     def check(self, steps: Iterable[Step], experts: int) -> None:
         """InputError if a single unit of some step takes more than there is, with the least that all of them need."""
         on_gpu = self.gpu_bytes is not None
-        process = 0 if on_gpu else PROCESS_BYTES
+        process = 0 if on_gpu else process_bytes(self.workers)
         given, name = (self.peak_bytes, "memory") if self.gpu_bytes is None else (self.gpu_bytes, "GPU memory")
         least, step = max(
             ((process + bytes_of(s, 1, experts, self.workers, on_gpu=on_gpu), s) for s in steps),
@@ -136,6 +138,11 @@ class Bound:
                 f"{given / 1e6:.1f} MB of {name} is too little: {step.group.units[0].label} by {step.call.method} takes"
                 f" {math.ceil(least / 1e5) / 10:.1f} MB, give at least that"
             )
+
+
+def process_bytes(workers: int) -> int:
+    """Bytes of a process beside the tensors of a step."""
+    return PROCESS_BYTES + THREAD_BYTES * max(0, max(workers, torch.get_num_threads()) - 2)
 
 
 def streams(step: Step) -> bool:

@@ -18,7 +18,7 @@ from isomerge.merge import merge, open_job
 from isomerge.methods import METHODS
 from isomerge.output import check_output
 from isomerge.plan import Plan, build_plan
-from isomerge.schedule import PROCESS_BYTES, step_bytes
+from isomerge.schedule import process_bytes, step_bytes
 from isomerge.settings import Model, Rule, Settings
 
 State = Mapping[str, Tensor]
@@ -282,15 +282,16 @@ def test_elements_take_the_memory_of_as_many_units_as_there_are_workers() -> Non
         return build_plan(settings, base, [base, base], workers=workers, max_memory=max_memory)
 
     one, three = plan(1), plan(3)
-    unit = one.peak_bytes - PROCESS_BYTES
+    unit = one.peak_bytes - process_bytes(1)
     assert one.steps == three.steps
     assert len(one.steps[0].group.units) > 3
-    assert three.peak_bytes == PROCESS_BYTES + 3 * unit
-    tight = plan(3, PROCESS_BYTES + 2 * unit)
+    assert three.peak_bytes == process_bytes(3) + 3 * unit
+    tight = plan(3, process_bytes(3) + 2 * unit)
     assert max(len(step.group.units) for step in tight.steps) == 2
-    assert tight.peak_bytes == PROCESS_BYTES + 2 * unit
+    assert tight.peak_bytes == process_bytes(3) + 2 * unit
+    assert process_bytes(9) > process_bytes(3)
     with pytest.raises(InputError, match="too little"):
-        plan(3, PROCESS_BYTES + unit - 1)
+        plan(3, process_bytes(3) + unit - 1)
 
 
 def test_tasks_that_are_computed_side_by_side_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
