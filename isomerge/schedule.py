@@ -118,7 +118,7 @@ class Bound:
             if streams(step) and fitting >= self.workers:
                 return max(wanted, STREAM_BYTES // unit_bytes)
             units = max(1, min(wanted, fitting))
-            while units > 1 and bytes_of(step, units, experts, self.workers) > room:
+            while units > 1 and step_bytes(step, experts, self.workers, units=units) > room:
                 units -= 1
             return units
         return max(1, min(GPU_GROUP_BYTES // unit_bytes, (self.gpu_bytes - fixed) // per_unit))
@@ -129,7 +129,7 @@ class Bound:
         process = 0 if on_gpu else process_bytes(self.workers)
         given, name = (self.peak_bytes, "memory") if self.gpu_bytes is None else (self.gpu_bytes, "GPU memory")
         least, step = max(
-            ((process + bytes_of(s, 1, experts, self.workers, on_gpu=on_gpu), s) for s in steps),
+            ((process + step_bytes(s, experts, self.workers, units=1, on_gpu=on_gpu), s) for s in steps),
             key=lambda p: p[0],
             default=(0, None),
         )
@@ -150,9 +150,10 @@ def streams(step: Step) -> bool:
     return step.kind == "elementwise"
 
 
-def bytes_of(step: Step, units: int, experts: int, workers: int, *, on_gpu: bool = False) -> int:
-    """Bytes of working memory of a step on `units` units."""
+def step_bytes(step: Step, experts: int, workers: int, *, units: int | None = None, on_gpu: bool = False) -> int:
+    """Bytes of working memory of a step on `units` units, by default its own."""
     group = step.group
+    units = len(group.units) if units is None else units
     fixed, per_unit = costs(step, experts, on_gpu=on_gpu)
     if on_gpu:
         return fixed + per_unit * units
@@ -162,11 +163,6 @@ def bytes_of(step: Step, units: int, experts: int, workers: int, *, on_gpu: bool
     beside = max(0, min(torch.get_num_threads(), units * experts) - units)
     floats = METHODS[step.call.method].task_floats(group.m, group.n)
     return fixed + per_unit * units + int(beside * floats * group.dtype.itemsize)
-
-
-def step_bytes(step: Step, experts: int, workers: int, *, on_gpu: bool = False) -> int:
-    """Bytes of working memory of a step."""
-    return bytes_of(step, len(step.group.units), experts, workers, on_gpu=on_gpu)
 
 
 def staging(step: Step, experts: int) -> int:

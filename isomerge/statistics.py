@@ -6,7 +6,6 @@ file: a tensor per distinct moment, and one JSON object under `isomerge_statisti
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from isomerge.checkpoint import Checkpoint, write_safetensors
+from isomerge.checkpoint.files import memory_of
 from isomerge.checkpoint.format import read_json, show
 from isomerge.checkpoint.reader import FileCheckpoint, TensorInfo, scan_safetensors
 from isomerge.errors import InputError
@@ -189,7 +189,7 @@ def sample_values(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch.
     info = checkpoint.tensors[checkpoint.aliases.get(name, name)]
     values = torch.cat([checkpoint.read(name, start, count) for start, count in _runs(info)])
     values = values.to(dtype).float()
-    return ctypes.string_at(values.data_ptr(), values.nbytes)
+    return bytes(memory_of(values))
 
 
 def moment_fault(moment: Tensor) -> str | None:

@@ -4,7 +4,6 @@ Reading is by pread into fresh tensors, not by mmap, and writing goes straight t
 holds what was asked for and nothing else.
 """
 
-from isomerge.checkpoint.files import sha256_of
 from isomerge.checkpoint.folder import CHECKSUMS, open_checkpoint
 from isomerge.checkpoint.format import TensorSpec
 from isomerge.checkpoint.ledger import Receipt
@@ -12,6 +11,7 @@ from isomerge.checkpoint.memory import MemoryWriter, from_state_dict
 from isomerge.checkpoint.reader import Checkpoint, TensorInfo
 from isomerge.checkpoint.single import write_safetensors
 from isomerge.checkpoint.staging import disk_bytes, hidden_folder
+from isomerge.checkpoint.sums import sha256_of
 from isomerge.checkpoint.writer import Writer
 
 __all__ = [

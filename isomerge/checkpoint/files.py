@@ -7,7 +7,6 @@ a bound. Both directions release the interpreter lock while the kernel works.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import stat
 import threading
@@ -73,7 +72,7 @@ def read_bytes(fd: int, offset: int, count: int) -> bytes:
 
 def read_into(fd: int, offset: int, tensor: Tensor) -> bool:
     """Fill a contiguous CPU tensor with the bytes at `offset`; False if the file ended first."""
-    memory = _memory(tensor)
+    memory = memory_of(tensor)
     done = 0
     while done < len(memory):
         count = os.preadv(fd, [memory[done : done + _MAX_CALL]], offset + done)
@@ -85,7 +84,7 @@ def read_into(fd: int, offset: int, tensor: Tensor) -> bool:
 
 def write_from(fd: int, offset: int, tensor: Tensor) -> None:
     """Put the bytes of a contiguous CPU tensor at `offset`."""
-    memory = _memory(tensor)
+    memory = memory_of(tensor)
     done = 0
     while done < len(memory):
         done += os.pwrite(fd, memory[done : done + _MAX_CALL], offset + done)
@@ -93,7 +92,7 @@ def write_from(fd: int, offset: int, tensor: Tensor) -> None:
 
 def crc32(tensor: Tensor) -> int:
     """Of the bytes of a contiguous CPU tensor."""
-    return zlib.crc32(_memory(tensor))
+    return zlib.crc32(memory_of(tensor))
 
 
 def crc32_at(fd: int, offset: int, count: int) -> int:
@@ -106,16 +105,8 @@ def crc32_at(fd: int, offset: int, count: int) -> int:
     return value
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file, in hexadecimal digits."""
-    total = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while part := file.read(_BLOCK):
-            total.update(part)
-    return total.hexdigest()
-
-
-def _memory(tensor: Tensor) -> memoryview:
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, in place."""
     # Tensors have no buffer protocol of their own without numpy. The caller keeps the tensor alive.
     nbytes = tensor.numel() * tensor.element_size()
     if nbytes == 0:

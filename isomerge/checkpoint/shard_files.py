@@ -10,10 +10,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from isomerge.checkpoint.files import FilePool, crc32_at, sha256_of, write_from
+from isomerge.checkpoint.files import FilePool, crc32_at, write_from
 from isomerge.checkpoint.shards import Shard
 from isomerge.checkpoint.staging import sync
-from isomerge.checkpoint.sums import GrowingSum
+from isomerge.checkpoint.sums import GrowingSum, sha256_of
 
 PART = ".part"  # ends every file name until the file is complete, so that nothing half done looks like a model
 FLUSH_BYTES = 256 << 20  # written to a file before the disk is made to take them: the last fsync finds little to do

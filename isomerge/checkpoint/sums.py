@@ -1,4 +1,4 @@
-"""The SHA-256 of a file that is still being written: what can be summed already is, while the rest is computed."""
+"""SHA-256 of files: of one that is still being written, what can be summed already is, while the rest is computed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import threading
 from pathlib import Path
 
 _BLOCK = 4 << 20  # bytes read at a time
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, in hexadecimal digits."""
+    return GrowingSum(0).finish(path)
 
 
 class GrowingSum:

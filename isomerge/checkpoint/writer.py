@@ -12,7 +12,7 @@ from typing import cast
 
 from torch import Tensor
 
-from isomerge.checkpoint.files import crc32, sha256_of
+from isomerge.checkpoint.files import crc32
 from isomerge.checkpoint.folder import CHECKSUMS, SAFETENSORS_INDEX
 from isomerge.checkpoint.format import TensorSpec
 from isomerge.checkpoint.journal import Journal, Line, difference
@@ -20,6 +20,7 @@ from isomerge.checkpoint.ledger import Ledger, Receipt, side_name
 from isomerge.checkpoint.shard_files import PART, ShardFiles
 from isomerge.checkpoint.shards import build_index, layout
 from isomerge.checkpoint.staging import Staging, disk_bytes, sync
+from isomerge.checkpoint.sums import sha256_of
 from isomerge.errors import InputError, NonFiniteError
 
 _JOURNAL = "isomerge_journal.jsonl"
