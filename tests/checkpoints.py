@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from functools import cache
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -37,6 +39,16 @@ def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> 
     generator = torch.Generator().manual_seed(seed)
     count = dtype.itemsize * torch.Size(shape).numel()
     return torch.randint(0, high, (count,), generator=generator, dtype=torch.uint8).view(dtype).reshape(shape)
+
+
+@cache
+def pickles(dtype: torch.dtype) -> bool:
+    """Whether torch can save tensors of `dtype`: 2.4 cannot save unsigned integers of more than 8 bits."""
+    try:
+        torch.save(torch.empty(1, dtype=dtype), BytesIO())
+    except KeyError:
+        return False
+    return True
 
 
 def same(left: Tensor, right: Tensor) -> bool:

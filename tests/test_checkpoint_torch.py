@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import DTYPES, random_tensor, same, small_state_dict, write_sharded
+from checkpoints import DTYPES, pickles, random_tensor, same, small_state_dict, write_sharded
 
 from isomerge.checkpoint import from_state_dict, open_checkpoint, reader
 from isomerge.errors import InputError
@@ -62,7 +62,7 @@ def test_views_read_as_torch_loads_them(tmp_path, monkeypatch, buffer):
 
 
 def test_every_dtype(tmp_path):
-    tensors = {str(dtype): random_tensor(dtype, (3, 5)) for dtype in DTYPES}
+    tensors = {str(dtype): random_tensor(dtype, (3, 5)) for dtype in filter(pickles, DTYPES)}
     with open_checkpoint(saved(tmp_path / "d.pt", tensors)) as checkpoint:
         assert all(same(checkpoint.read(name), tensor) for name, tensor in tensors.items())
         assert all(checkpoint.read(name, 4, 3).dtype == tensor.dtype for name, tensor in tensors.items())

@@ -152,6 +152,7 @@ def test_every_matrix_of_a_text_model_is_captured(
     assert ("want of others" in done.stdout) == (kind == "t5")
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="transformers loads .bin files with torch 2.6 and later")
 def test_bin_checkpoints_and_base(expert: Path, texts: Path, tmp_path: Path, run: Run) -> None:
     old = tmp_path / "old"
     shutil.copytree(expert, old)

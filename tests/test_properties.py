@@ -12,8 +12,8 @@ import hypothesis.strategies as st
 import pytest
 import tiny
 import torch
-from checkpoints import DTYPES, random_tensor, same, write_sharded
-from hypothesis import given, settings
+from checkpoints import DTYPES, pickles, random_tensor, same, write_sharded
+from hypothesis import assume, given, settings
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -61,6 +61,7 @@ def test_headers_and_their_metadata_go_both_ways(
 def test_any_layout_of_shards_holds_the_same_tensors(
     state: dict[str, Tensor], suffix: str, data: st.DataObject
 ) -> None:
+    assume(suffix != ".bin" or all(pickles(tensor.dtype) for tensor in state.values()))
     homes = {name: data.draw(st.integers(0, 3)) for name in state}
     shards = {
         f"s{home}{suffix}": {name: state[name] for name in state if homes[name] == home}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from isomerge.cli.console import screen, set_debug, warn
@@ -173,12 +172,9 @@ def _print_table(heads: list[str], cells: list[list[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
     values = sum(widths[1:]) + 2 * len(widths[1:])
     room = min(widths[0], max(20, screen.width - values)) if screen.is_terminal else widths[0]
-    table = Table(box=None, pad_edge=False, width=room + values)
-    for index, (head, width) in enumerate(zip(heads, [room, *widths[1:]], strict=True)):
-        table.add_column(Text(head), justify="right" if index else "left", no_wrap=True, width=width)
-    for name, *others in cells:
-        table.add_row(*map(Text, (_shortened(name, room), *others)))
-    screen.print(table)
+    for index, (name, *others) in enumerate([heads, *cells]):
+        line = [_shortened(name, room).ljust(room), *map(str.rjust, others, widths[1:])]
+        screen.print(Text("  ".join(line), style="" if index else "bold"), soft_wrap=True)
 
 
 def _shortened(name: str, room: int) -> str:
