@@ -36,6 +36,7 @@ class Assignment:
     aliases: tuple[str, ...]  # further names under which the result is stored
     rule: int | None
     moment_size: int = 0  # d of the second moments that its method is called with; 0: none
+    tokens: int = 0  # rows of the largest inputs that a moment is computed from; 0: all are stored
     layer_type: str | None = None  # its update is scaled by its norm among those of this type; None: it is not
 
     @property
@@ -156,7 +157,7 @@ def with_moments(
         if a.call is None or not METHODS[a.call.method].moments:
             result.append(a)
         elif a.name in found.sizes:
-            result.append(replace(a, moment_size=found.sizes[a.name]))
+            result.append(replace(a, moment_size=found.sizes[a.name], tokens=found.tokens.get(a.name, 0)))
         else:
             lacking.append(a.name)
             own = {name: value for name, value in a.call.parameters.items() if name == LAYER_EXPONENT}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from isomerge import nonfinite
+from isomerge import nonfinite, ops
 from isomerge.backends.side_by_side import single_threaded
 from isomerge.deltas import Group, Mapped, Read, Result, Stack, Unit, empty_stack, frobenius, moment_bytes
 from isomerge.errors import InputError
@@ -30,8 +31,9 @@ class MomentSource(Protocol):
 
     label: str
 
-    def moment(self, name: str) -> Tensor:
-        """YᵀY [d, d] of the layer with the weight `name`; InputError unless it is a finite second moment."""
+    def stored(self, name: str) -> Tensor:
+        """YᵀY [d, d] of the layer with the weight `name`, or its inputs Y [tokens, n], tokens < n; InputError unless
+        they are finite."""
         ...
 
 
@@ -93,8 +95,8 @@ class DeltaReader:
         for (unit, base, delta), mine in zip(targets, runs, strict=True):
             self._prove(stack, group, unit, base, delta, sum(next(squares) for _ in mine))
         if group.moment_size:
-            stack.moments = self._read_moments(group)
-            stack.bytes_read += len(group.units) * T * moment_bytes(group.moment_size)
+            stack.moments = self._read_moments(group, deltas)
+            stack.bytes_read += len(group.units) * T * moment_bytes(group.moment_size, group.tokens, n)
         return stack
 
     def map(self, group: Group, function: Callable[[Unit, Tensor, Tensor], Result]) -> Mapped[Result]:
@@ -197,20 +199,28 @@ class DeltaReader:
             return [call() for call in calls]
         return list(self._pool.map(lambda call: call(), calls))
 
-    def _read_moments(self, group: Group) -> Tensor:
+    def _read_moments(self, group: Group, deltas: Tensor) -> Tensor:
         d = group.moment_size
         moments = empty_stack(len(group.units), len(self._moments), d, d, group.dtype, self._place.device)
-        for t, (source, weight) in enumerate(zip(self._moments, self._weights, strict=True)):
-            for unit, target in zip(group.units, moments[:, t], strict=True):
-                name = unit.sources[t]
-                target.copy_(self._place.up(source.moment(name)))
-                if d != group.n and weight != 1.0:  # of the shifts X deltaᵀ: they scale as the delta does
-                    target.mul_(weight**2)
-                if not bool(torch.isfinite(target.sum())) and not bool(torch.isfinite(target).all()):
-                    raise InputError(
-                        f"{source.label}: {name}: second moments overflow {str(target.dtype)[6:]}; set `dtype: float64`"
-                    )
+        pairs = zip(group.units, moments, deltas, strict=True)
+        self._each([partial(self._moment, group, t, unit, m[t], x[t]) for unit, m, x in pairs for t in range(len(m))])
         return moments
+
+    def _moment(self, group: Group, t: int, unit: Unit, target: Tensor, delta: Tensor) -> None:
+        """The second moment of an expert's layer into `target` [d, d]; of inputs the shifts' with `delta`, if d = m."""
+        source, name, shifts = self._moments[t], unit.sources[t], len(target) != group.n
+        stored = self._place.up(source.stored(name))
+        if stored.shape[0] == stored.shape[1]:
+            target.copy_(stored)
+            if shifts and self._weights[t] != 1.0:  # of the shifts X deltaᵀ: they scale as the delta does
+                target.mul_(self._weights[t] ** 2)
+        else:
+            with suppress(ValueError):  # what overflows is said below
+                ops.shift_cov(stored.to(group.dtype), delta if shifts else None, out=target.zero_())
+        if not bool(torch.isfinite(target.sum())) and not bool(torch.isfinite(target).all()):
+            raise InputError(
+                f"{source.label}: {name}: second moments overflow {str(target.dtype)[6:]}; set `dtype: float64`"
+            )
 
     def _read(
         self, checkpoint: Checkpoint, name: str, unit: Unit, group: Group, first: int = 0, count: int | None = None

@@ -49,6 +49,7 @@ class Group:
     dtype: torch.dtype  # of the deltas
     units: tuple[Unit, ...]
     moment_size: int = 0  # d of the second moments that go with the deltas; 0: none
+    tokens: int = 0  # rows of the largest inputs that a moment is computed from; 0: all are stored
     reduction: str = "none"  # "sum", "mean": of the deltas, formed as they are read; the stack is that of one expert
 
 
@@ -113,9 +114,9 @@ def frobenius(values: Tensor) -> float:
     return norm if norm and math.isfinite(norm) else float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
-def moment_bytes(size: int) -> int:
-    """Bytes that reading one moment [d, d] counts for: those of float32, the format of statistics files."""
-    return 4 * size * size
+def moment_bytes(size: int, tokens: int, n: int) -> int:
+    """Bytes that reading one moment [d, d] counts for, or where there are `tokens` inputs [tokens, n]: of float32."""
+    return 4 * (tokens * n if tokens else size * size)
 
 
 def empty_stack(length: int, experts: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

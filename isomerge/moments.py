@@ -26,6 +26,7 @@ class Known:
     size: int
     space: str | None = None  # "input" or "output"
     tokens: int | None = None
+    inputs: bool = False  # whether the inputs [tokens, d] are stored, which give moments in either space
 
 
 class Moments:
@@ -37,7 +38,9 @@ class Moments:
         self.source = source
         self.layers: dict[str, Known] = {}
         if isinstance(source, Statistics):
-            self.layers = {name: Known(v.size, v.space, v.tokens) for name, v in source.layers.items()}
+            self.layers = {
+                name: Known(v.size, v.space, v.tokens, source.holds_inputs(name)) for name, v in source.layers.items()
+            }
             return
         for name, value in source.items():
             if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.float64):
@@ -49,8 +52,12 @@ class Moments:
 
     def moment(self, name: str) -> Tensor:
         """YᵀY [d, d] of a layer; InputError unless it can be one."""
+        return self.source.moment(name) if isinstance(self.source, Statistics) else self.stored(name)
+
+    def stored(self, name: str) -> Tensor:
+        """YᵀY [d, d] of a layer, or its inputs Y [tokens, d], tokens < d; InputError unless it can be one."""
         if isinstance(self.source, Statistics):
-            return self.source.moment(name)
+            return self.source.stored(name)
         value = self.source[name].detach().cpu()
         fault = moment_fault(value)
         if fault is not None:
@@ -70,9 +77,13 @@ class Layer:
 
 @dataclass(slots=True)
 class Matched:
-    """d of the moments of each layer that has them, and what was noticed on the way."""
+    """d of the moments of each layer that has them, and what was noticed on the way.
+
+    `tokens` are the rows of the largest inputs that they are computed from, of layers where some are.
+    """
 
     sizes: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -88,6 +99,9 @@ def match(layers: Iterable[Layer], moments: Sequence[Moments]) -> Matched:
         if all(entry is None for entry in known):
             continue
         found.sizes[layer.name] = _size(layer, moments, known)
+        inputs = [entry.tokens or 0 for entry in known if entry is not None and entry.inputs]
+        if inputs:
+            found.tokens[layer.name] = max(inputs)
         rank = layer.m // len(moments)
         for m, entry in zip(moments, known, strict=True):
             if entry is not None and entry.tokens is not None and entry.tokens < rank:
@@ -111,7 +125,7 @@ def _size(layer: Layer, moments: Sequence[Moments], known: Sequence[Known | None
             f"{_verb(lacking, 'has', 'have')} none; capture all experts alike, or take another method for it with a "
             f'rule {{filter: "{layer.name}", merge_method: tsvm}}'
         )
-    spaces = []
+    spaces, having = [], []  # of those whose space is settled
     for m, source, entry in zip(moments, layer.sources, known, strict=True):
         assert entry is not None
         space = entry.space or ("output" if entry.size == layer.m != layer.n else "input")
@@ -122,12 +136,16 @@ def _size(layer: Layer, moments: Sequence[Moments], known: Sequence[Known | None
                 f"{m.label}: {source}: second moments [{entry.size}, {entry.size}] {said} for a layer of "
                 f"{layer.m} x {layer.n}; expected [{layer.n}, {layer.n}] in input space{output}"
             )
-        spaces.append(space)
+        if not entry.inputs:
+            spaces.append(space)
+            having.append(m.label)
+    if not spaces:
+        return min(layer.m, layer.n)
     other = next((i for i, space in enumerate(spaces) if space != spaces[0]), None)
     if other is not None:
         raise InputError(
-            f"{layer.name}: second moments in {spaces[0]} space in {moments[0].label} and in {spaces[other]} space in "
-            f"{moments[other].label}; capture all experts alike"
+            f"{layer.name}: second moments in {spaces[0]} space in {having[0]} and in {spaces[other]} space in "
+            f"{having[other]}; capture all experts alike"
         )
     return layer.n if spaces[0] == "input" else layer.m
 

@@ -194,8 +194,9 @@ def _steps(
         order[a.name] = len(order)
         for m, n, unit in _units(a, sources[a.name], experts):
             parameters = tuple(sorted(a.call.parameters.items()))
-            key = (m, n, dtype, a.kind, a.moment_size, a.call.method, a.call.alphas, parameters)
-            group = Group(m, n, a.kind.transposed, dtype, (), a.moment_size, METHODS[a.call.method].reduction)
+            key = (m, n, dtype, a.kind, a.moment_size, a.tokens, a.call.method, a.call.alphas, parameters)
+            reduction = METHODS[a.call.method].reduction
+            group = Group(m, n, a.kind.transposed, dtype, (), a.moment_size, a.tokens, reduction)
             empty = Step(group, a.call, a.kind.kind, a.layer_type)
             gathered.setdefault(a.layer_type, {}).setdefault(key, (empty, []))[1].append(unit)
     steps = []
@@ -242,7 +243,8 @@ def _read_bytes(a: Assignment, base: Checkpoint, experts: Sequence[Checkpoint], 
     itemsizes = [e.tensors[name].dtype.itemsize for e, name in zip(experts, sources, strict=bool(sources))]
     times = 1 if a.layer_type is None else 2
     values = a.numel * (times * base.tensors[a.name].dtype.itemsize + sum(itemsizes))
-    return values + len(sources) * moment_bytes(a.moment_size)
+    moments = moment_bytes(a.moment_size, a.tokens, a.matrix[1]) if a.moment_size else 0
+    return values + len(sources) * moments
 
 
 def _warnings(settings: Settings, assignments: Sequence[Assignment]) -> Iterable[str]:

@@ -22,6 +22,8 @@ _INDEX = re.compile(r"((?:\w*(?:layer|block)_)?)\d+")  # `3`, and torchvision's 
 PROCESS_BYTES = 360 * 2**20  # Python with torch loaded and what malloc keeps back (measured: 250 to 350 MiB)
 THREAD_BYTES = 26 * 2**20  # that malloc keeps back for each thread beyond two (measured with eight: 17 to 24 MiB)
 
+SHIFT_TOKENS = 512  # whose shifts are in memory at a time, by each thread that forms a moment of them
+
 GPU_GROUP_BYTES = 2 * 2**30
 """Of the deltas that a GPU computes together: at T = 8 the 113 matrices of 768 x 768 of this size are one batch, where
 a single one has 21 tiles for 132 multiprocessors."""
@@ -76,7 +78,7 @@ def costs(step: Step, experts: int, *, on_gpu: bool = False) -> tuple[int, int]:
     """Bytes of working memory of a step: (whatever the number of units, per unit in memory), one task at a time."""
     group, method = step.group, METHODS[step.call.method]
     stacked = experts if group.reduction == "none" else 1
-    elements, moment = group.m * group.n, group.moment_size**2
+    elements, moment, stored = group.m * group.n, group.moment_size**2, stored_floats(group)
     workspace, outputs = method.peak_floats(group.m, group.n, experts), len(step.call.alphas)
     if streams(step) and not on_gpu:
         # Deltas, base, another delta and a raw tensor from a file; base + update; what is merged.
@@ -85,7 +87,7 @@ def costs(step: Step, experts: int, *, on_gpu: bool = False) -> tuple[int, int]:
     held = 2 * (stacked + 1) * elements + 2 * experts * moment
     updates = 2 * elements + workspace
     # A raw tensor from a file, the merged ones, and one that is being written.
-    single = max(elements, moment) + (outputs + 1) * elements
+    single = max(elements, stored) + (outputs + 1) * elements
     if method.seeded:  # called on one unit after the other
         return int((single + updates) * group.dtype.itemsize), held * group.dtype.itemsize
     return single * group.dtype.itemsize, int((held + updates) * group.dtype.itemsize)
@@ -161,13 +163,21 @@ def step_bytes(step: Step, experts: int, workers: int, *, units: int | None = No
         return fixed + per_unit * min(units, workers)
     # Threads that have no unit of their own take a task of another's.
     beside = max(0, min(torch.get_num_threads(), units * experts) - units)
-    floats = METHODS[step.call.method].task_floats(group.m, group.n)
-    return fixed + per_unit * units + int(beside * floats * group.dtype.itemsize)
+    floats = beside * METHODS[step.call.method].task_floats(group.m, group.n)
+    floats += (min(workers, units * experts) - 1) * stored_floats(group)
+    return fixed + per_unit * units + int(floats * group.dtype.itemsize)
+
+
+def stored_floats(group: Group) -> int:
+    """Floats that reading one moment takes beside it: what is stored, and of inputs a copy in the group's dtype and
+    some of their shifts.
+    """
+    return 2 * group.tokens * group.n + SHIFT_TOKENS * group.moment_size if group.tokens else group.moment_size**2
 
 
 def staging(step: Step, experts: int) -> int:
     """Bytes in the process of a step that is computed on a GPU: a tensor from a file, a result, both pinned as well."""
-    elements = max(step.group.m * step.group.n, step.group.moment_size**2)
+    elements = max(step.group.m * step.group.n, stored_floats(step.group))
     return 4 * elements * step.group.dtype.itemsize
 
 

@@ -1,6 +1,7 @@
 """The statistics file of an expert: for each layer's matrix, YᵀY [d, d] of what the layer saw on a few samples.
 
-Y are the layer's inputs X (space "input", d = n), or its feature shifts X Δᵀ (space "output", d = m). One safetensors
+Y are the layer's inputs X (space "input", d = n), or its feature shifts X Δᵀ (space "output", d = m). Inputs of fewer
+tokens than d may stand there themselves, [tokens, d]: they are less to store, and give every moment. One safetensors
 file: a tensor per distinct moment, and one JSON object under `isomerge_statistics` in the metadata for the rest.
 """
 
@@ -16,6 +17,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from isomerge import ops
 from isomerge.checkpoint import Checkpoint, write_safetensors
 from isomerge.checkpoint.files import memory_of
 from isomerge.checkpoint.format import read_json, show
@@ -27,6 +29,7 @@ FORMAT = 1
 SPACES = ("input", "output")
 
 _AGAIN = "capture the statistics again"
+_INPUTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _RUNS, _RUN = 4, 64  # values of a tensor in its fingerprint: evenly spaced runs, and the length of each
 _ROWS = 512  # rows of a moment that are compared with its columns at a time
 _ASYMMETRY = 1024  # eps * the largest entry: what sums in different orders leave between M[i, j] and M[j, i]
@@ -34,7 +37,7 @@ _ASYMMETRY = 1024  # eps * the largest entry: what sums in different orders leav
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What is known of one matrix: `tokens` rows of Y were seen, d = `size`, and `stored` names the tensor with YᵀY.
+    """What is known of one matrix: `tokens` rows of Y were seen, d = `size`; `stored` names the tensor with YᵀY or Y.
 
     Layers that read the same input share one stored tensor. `space` is "input" or "output".
     """
@@ -78,17 +81,29 @@ class Statistics:
             raise InputError(f"{path}: base_fingerprint is missing, expected one for space output; {_AGAIN}")
 
     def moment(self, name: str) -> Tensor:
-        """YᵀY [d, d] of a layer, on the CPU, as stored.
+        """YᵀY [d, d] of a layer, on the CPU, in float32 or float64. Raises as `stored`, and if it overflows."""
+        value = self.stored(name)
+        try:
+            return as_moment(value)
+        except ValueError:
+            raise InputError(f"{self.path}: {name}: its second moment overflows float32; {_AGAIN}") from None
 
-        KeyError for an unknown layer; InputError unless it is finite, symmetric to rounding and without a negative
-        diagonal entry.
-        """
+    def holds_inputs(self, name: str) -> bool:
+        """Whether the inputs of a layer are stored and not their moment."""
         layer = self.layers[name]
-        moment = self._file.read(layer.stored)
-        fault = moment_fault(moment)
+        return self._file.tensors[layer.stored].shape[0] < layer.size
+
+    def stored(self, name: str) -> Tensor:
+        """YᵀY [d, d] of a layer, or its inputs Y [tokens, d], tokens < d; on the CPU, as stored.
+
+        KeyError for an unknown layer; InputError unless it is finite and, if a moment, symmetric to rounding and
+        without a negative diagonal entry.
+        """
+        value = self._file.read(self.layers[name].stored)
+        fault = fault_of(value)
         if fault is not None:
             raise InputError(f"{self.path}: {name}: {fault}; {_AGAIN}")
-        return moment
+        return value
 
     def close(self) -> None:
         """Let go of the file; no moment can be read afterwards."""
@@ -127,7 +142,7 @@ def open_statistics(path: str | Path) -> Statistics:
 
 def write_statistics(
     path: str | Path,
-    moments: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor],
     layers: Mapping[str, Layer],
     *,
     samples: int,
@@ -136,22 +151,22 @@ def write_statistics(
 ) -> int:
     """Writes a statistics file, which appears whole or not at all; the number of bytes written.
 
-    `moments` are the stored tensors by name, float32 or float64 [d, d]; `layers` as in `Statistics`. Equal input gives
-    equal bytes. ValueError for layers and moments that do not belong together, InputError for moments that are none.
+    `stored` are the tensors by name: moments [d, d] in float32 or float64, or inputs [tokens, d], tokens < d, in any
+    floating dtype; `layers` as in `Statistics`. Equal input gives equal bytes. ValueError for layers and tensors that
+    do not belong together, InputError for values that can be neither.
     """
-    if set(moments) != {layer.stored for layer in layers.values()}:
-        raise ValueError("write_statistics: the names of moments are not those that the layers are stored in")
+    if set(stored) != {layer.stored for layer in layers.values()}:
+        raise ValueError("write_statistics: the names of the tensors are not those that the layers are stored in")
     for name, layer in layers.items():
-        moment = moments[layer.stored]
-        if moment.shape != (layer.size, layer.size) or moment.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"write_statistics: {name}: expected a float32 or float64 moment [{layer.size}, {layer.size}], got"
-                f" {moment.dtype} {tuple(moment.shape)}"
-            )
+        value = stored[layer.stored]
         if layer.space not in SPACES or layer.tokens < 1:
             raise ValueError(f"write_statistics: {name}: expected one of {SPACES} and at least one token, got {layer}")
-    for name, moment in moments.items():
-        fault = moment_fault(moment)
+        if not _belongs(layer, tuple(value.shape), value.dtype):
+            raise ValueError(
+                f"write_statistics: {name}: expected {_expected(layer)}, got {value.dtype} {tuple(value.shape)}"
+            )
+    for name, value in stored.items():
+        fault = fault_of(value)
         if fault is not None:
             raise InputError(f"{path}: {name}: {fault}; nothing was written")
     from isomerge import __version__
@@ -164,7 +179,7 @@ def write_statistics(
         "base_fingerprint": base_fingerprint,
         "layers": {name: asdict(layers[name]) for name in sorted(layers)},
     }
-    ordered = {name: moments[name] for name in sorted(moments)}
+    ordered = {name: stored[name] for name in sorted(stored)}
     return write_safetensors(Path(path), ordered, {KEY: json.dumps(header, ensure_ascii=False)})
 
 
@@ -190,6 +205,20 @@ def sample_values(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch.
     values = torch.cat([checkpoint.read(name, start, count) for start, count in _runs(info)])
     values = values.to(dtype).float()
     return bytes(memory_of(values))
+
+
+def as_moment(value: Tensor) -> Tensor:
+    """YᵀY [d, d] in float32 or float64, of itself or of inputs Y [tokens, d] with tokens < d."""
+    return ops.shift_cov(value) if value.shape[0] < value.shape[1] else value
+
+
+def fault_of(value: Tensor) -> str | None:
+    """Why a tensor is neither a second moment [d, d] nor finite inputs [tokens, d], tokens < d; None if it is one."""
+    if value.shape[0] == value.shape[1]:
+        return moment_fault(value)
+    if bool(torch.isfinite(value.sum(dtype=torch.float64))) or bool(torch.isfinite(value).all()):
+        return None
+    return f"the inputs have {int((~torch.isfinite(value)).sum())} non-finite values, expected none"
 
 
 def moment_fault(moment: Tensor) -> str | None:
@@ -228,16 +257,30 @@ def _layer(path: Path, file: Checkpoint, name: str, value: object) -> Layer:
     info = file.tensors.get(stored) if isinstance(stored, str) else None
     if info is None:
         raise InputError(f"{where} its moment {show(stored)} is not in the file; {_AGAIN}")
-    if info.shape != (size, size) or info.dtype not in (torch.float32, torch.float64):
-        raise InputError(
-            f"{where} its moment has {info.dtype} and shape {list(info.shape)}, expected float32 or float64 and"
-            f" [{size}, {size}]; {_AGAIN}"
-        )
     tokens = value.get("tokens")
     if tokens == 0:
         raise InputError(f"{where} it saw 0 tokens; {_AGAIN} with samples that reach it")
     assert isinstance(stored, str)
-    return Layer(_count(where, "tokens", tokens), space, size, stored)
+    layer = Layer(_count(where, "tokens", tokens), space, size, stored)
+    if not _belongs(layer, info.shape, info.dtype):
+        raise InputError(
+            f"{where} its tensor has {info.dtype} and shape {list(info.shape)}, expected {_expected(layer)}; {_AGAIN}"
+        )
+    return layer
+
+
+def _belongs(layer: Layer, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether a tensor can be what is stored of a layer."""
+    if shape == (layer.size, layer.size):
+        return dtype in (torch.float32, torch.float64)
+    inputs = layer.space == "input" and layer.tokens < layer.size
+    return inputs and shape == (layer.tokens, layer.size) and dtype in _INPUTS
+
+
+def _expected(layer: Layer) -> str:
+    moment = f"a moment [{layer.size}, {layer.size}] in float32 or float64"
+    inputs = f", or inputs [{layer.tokens}, {layer.size}]" if layer.space == "input" else ""
+    return moment + (inputs if layer.tokens < layer.size else "")
 
 
 def _count(where: object, name: str, value: object) -> int:

@@ -569,6 +569,50 @@ def test_other_dtypes_and_float64_sums(dtype: torch.dtype) -> None:
     assert next(model.parameters()).dtype == dtype
 
 
+@pytest.mark.parametrize("kept", [1, 200, 1 << 20])  # bytes of rows before they are settled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_fewer_tokens_than_the_width_are_kept_as_they_are(
+    dtype: torch.dtype, kept: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(moments_module, "_BYTES", kept)
+    torch.manual_seed(0)
+    model, X = nn.Sequential(nn.Linear(20, 3)).to(dtype), torch.randn(24, 20).to(dtype)
+    few = capture(model, [X[:7], X[7:8], X[8:19]], path=tmp_path / "s")
+    assert torch.equal(few.stored["0.weight"], X[:19])
+    assert error(few.moments["0.weight"], X[:19].double().mT @ X[:19].double()) < TOLERANCE
+    with open_statistics(tmp_path / "s") as statistics:
+        assert torch.equal(statistics.stored("0.weight"), X[:19])
+    for batches in ([X[:7], X[7:19], X[19:20]], [X[:19], X[19:]], [X]):  # from the width on, a moment
+        many = torch.cat(batches).double()
+        captured = capture(model, batches)
+        assert captured.stored["0.weight"].shape == (20, 20)
+        assert error(captured.moments["0.weight"], many.mT @ many) < TOLERANCE
+    wide = capture(model, [X[:19]], dtype=torch.float64).stored["0.weight"]
+    assert wide.shape == ((19, 20) if dtype == torch.float64 else (20, 20))
+    assert wide.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kept", [1, 200, 1 << 20])
+@pytest.mark.parametrize("story", ["same same", "same other same", "same changed same"])
+def test_layers_that_stop_sharing_keep_the_inputs_of_both(
+    story: str, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments_module, "_BYTES", kept)
+    torch.manual_seed(0)
+    model = Fickle()
+    for count in (1, 2):  # tokens of a batch: below and above the width in the end
+        batches = [(torch.randn(count, 4), how) for how in story.split()]
+        expected: dict[str, Tensor] = {}
+        for x, how in batches:
+            for name, value in recorded_plain(model, x, how).items():  # type: ignore[arg-type]
+                expected[name] = expected.get(name, torch.zeros(4, 4)) + value
+        captured = capture(model, batches)
+        few = [len(value) < 4 for value in captured.stored.values()]
+        assert all(few) if count == 1 else not all(few)
+        for name, wanted in expected.items():
+            assert error(moment(captured, name), wanted) < TOLERANCE, name
+
+
 # What it leaves behind ------------------------------------------------------------------------------------------
 
 
@@ -657,6 +701,11 @@ def test_non_finite_inputs_name_the_layer() -> None:
         capture(model, [torch.full((2, 3), 10.0)])
     with pytest.raises(InputError, match=r"^0\.weight: the sum of squares of its input overflows float32"):
         capture(nn.Sequential(nn.Linear(3, 3)), [torch.full((2, 3), 1e30)])
+    wide = nn.Sequential(nn.Linear(9, 3))  # its inputs are kept as they are
+    with pytest.raises(InputError, match=r"^0\.weight: 9 of 18 values of its input are not finite"):
+        capture(wide, [torch.tensor([[0.0], [torch.nan]]).expand(2, 9)])
+    with pytest.raises(InputError, match=r"^0\.weight: the sum of squares of its input overflows float32"):
+        capture(wide, [torch.full((2, 9), 1e30)])
     wide, base = nn.Sequential(nn.Linear(4, 3)), {"0.weight": torch.full((3, 4), torch.nan)}
     with pytest.raises(InputError, match=r"^0\.weight: 12 values of the difference between the model and the base are"):
         capture(wide, [torch.ones(2, 4)], base=base)

@@ -30,7 +30,7 @@ from isomerge.report import plan_data
 from isomerge.schedule import layer_type
 from isomerge.settings import Model, Settings
 from isomerge.spool import Spool
-from isomerge.statistics import fingerprint, open_statistics
+from isomerge.statistics import Layer, fingerprint, open_statistics, write_statistics
 
 State = dict[str, Tensor]
 QUERY, KEY, POOLER = (
@@ -224,6 +224,83 @@ def test_groups_of_moments_are_read_as_they_are_stored_and_scaled_with_shifts(tm
                 assert shifts == ("dense" in unit.name and POOLER != unit.name and ".attention." not in unit.name)
                 for moment, values, weight in zip(mine, moments, weights, strict=True):
                     assert torch.equal(moment, values[unit.name] * (weight**2 if shifts else 1.0))
+
+
+def is_wide(name: str) -> bool:
+    """Whether a layer is 16 x 24: the others are square or tall."""
+    return name.endswith(".output.dense.weight") and "attention" not in name
+
+
+def save_inputs(folder: Path, how: str, tokens: int = 11, dtype: torch.dtype = torch.float32) -> list[State]:
+    """Models and their statistics as inputs, those of the wide layers of the second expert as `how` says."""
+    states = tiny.bert_models(folder, 3, torch.float32)
+    for i, state in enumerate(states[1:]):
+        values = {name: X.to(dtype) for name, X in tiny.random_inputs(states[0], i, tokens=tokens).items()}
+        for name in filter(is_wide, values if i == 1 and how != "inputs" else ()):
+            X = values[name].float()
+            Y = X if how == "a moment" else X @ (state[name] - states[0][name]).mT
+            values[name] = Y.mT @ Y
+        tiny.save_statistics(folder / f"s{i}", states[0], state, values, tokens=tokens)
+    return states
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("how", ["inputs", "a moment", "a moment of shifts"])
+def test_inputs_give_moments_of_their_shifts_where_these_are_smaller(
+    tmp_path: Path, how: str, stored: torch.dtype, dtype: str
+) -> None:
+    states = save_inputs(tmp_path, how, dtype=stored)
+    weights, wide = [0.5, 2.0, -1.0], 0
+    inputs = [tiny.random_inputs(states[0], i, tokens=11) for i in range(3)]
+    with (
+        open_job(tiny.write_recipe(tmp_path, esm_recipe(dtype=dtype))) as job,
+        DeltaReader(job.base, job.experts, weights, moments=job.statistics) as reader,
+    ):
+        for step in job.plan.steps:
+            found = reader.read(step.group).moments
+            if found is None:
+                continue
+            shifts = step.group.m < step.group.n and how != "a moment"
+            wide += shifts
+            assert step.group.moment_size == (step.group.m if shifts else step.group.n)
+            for unit, mine in zip(step.group.units, found, strict=True):
+                for t, moment in enumerate(mine):
+                    Y = inputs[t][unit.name].to(stored).double()
+                    if shifts:
+                        Y = Y @ (weights[t] * (states[t + 1][unit.name] - states[0][unit.name]).double()).mT
+                    exact = stored == torch.float64 and dtype == "float64" and (how == "inputs" or t != 1)
+                    expected = Y.mT @ Y
+                    error = float((moment.double() - expected).norm() / expected.norm())
+                    assert error < (1e-6 if not exact or shifts else 1e-14), (unit.name, t)
+    assert (wide > 0) == (how != "a moment")
+
+
+@pytest.mark.parametrize("how", ["inputs", "a moment", "a moment of shifts"])
+def test_a_merge_with_inputs_is_one_with_their_moments(tmp_path: Path, how: str) -> None:
+    states = save_inputs(tmp_path, how)
+    path = tiny.write_recipe(tmp_path, esm_recipe(parameters={"alpha": 0.7}))
+    report = merge(path, tmp_path / "out")
+    moments = [tiny.second_moments(states[0], s, i, tokens=11, output="output") for i, s in enumerate(states[1:])]
+    if how == "a moment":
+        moments = [tiny.second_moments(states[0], s, i, tokens=11) for i, s in enumerate(states[1:])]
+    expected, _ = plainly(states, moments, alpha=0.7)
+    found = tiny.load_output(tmp_path / "out")
+    for name, value in expected.items():
+        update = float((value - states[0][name]).double().norm())
+        assert float((found[name] - value).double().norm()) <= 1e-4 * update, name
+    for number, (group_bytes, workers) in enumerate([(1, 1), (12_000, 2), (None, 3)]):
+        merge(path, tmp_path / f"out{number}", group_bytes=group_bytes, workers=workers)
+        assert_same(tiny.load_output(tmp_path / f"out{number}"), found)
+    assert any("fewer tokens" in warning for warning in report.warnings) == (11 < 16 // 3)
+
+
+def test_inputs_that_overflow_are_an_error(tmp_path: Path) -> None:
+    states = save_inputs(tmp_path, "inputs")
+    inputs = tiny.random_inputs(states[0], 1, tokens=11)
+    tiny.save_statistics(tmp_path / "s1", states[0], states[2], {**inputs, POOLER: inputs[POOLER] * 1e25}, tokens=11)
+    refused(tmp_path, f"{tmp_path / 's1'}: {POOLER}: second moments overflow float32; set `dtype: float64`")
+    merge(tiny.write_recipe(tmp_path, esm_recipe(dtype="float64")), tmp_path / "out")
 
 
 def test_the_report_tells_which_statistics_and_where_it_was_computed(tmp_path: Path) -> None:
@@ -557,6 +634,24 @@ def test_a_plan_comes_from_headers_alone(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 # Costs ----------------------------------------------------------------------------------------------------------
+
+
+def test_inputs_count_for_memory(tmp_path: Path) -> None:
+    def peak(tokens: int, workers: int) -> int:
+        shape = (64, 4096)
+        base = from_state_dict({f"layers.{i}.mlp.fc.weight": torch.zeros(1).expand(shape) for i in range(2)}, "base")
+        path = tmp_path / f"{tokens}"
+        layers = {name: Layer(tokens, "input", 4096, name) for name in base.tensors}
+        write_statistics(path, dict.fromkeys(layers, torch.zeros(tokens, 4096)), layers, samples=1, fingerprint="f")
+        settings = Settings("esm", Model("base"), tuple(Model(f"e{i}", statistics="s") for i in range(4)))
+        with open_statistics(path) as statistics:
+            opened = [Moments(statistics, "s")] * 4
+            plan = build_plan(settings, base, [base] * 4, statistics=opened, group_bytes=1, workers=workers)
+        assert {a.moment_size for a in plan.assignments} == {64}
+        return plan.peak_bytes
+
+    assert peak(1000, 1) - peak(10, 1) >= 990 * 4096 * 4
+    assert peak(1000, 2) - peak(10, 2) >= 2 * 990 * 4096 * 4
 
 
 def test_the_plan_counts_moments_and_the_spool(tmp_path: Path) -> None:

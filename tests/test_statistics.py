@@ -22,6 +22,7 @@ LAYERS = {
     "a.q.weight": Layer(12, "input", 6, "a.k.weight"),
     "a.k.weight": Layer(12, "input", 6, "a.k.weight"),
     "b.weight": Layer(7, "output", 3, "b.weight"),
+    "c.weight": Layer(4, "input", 6, "c.weight"),
 }
 
 
@@ -30,29 +31,40 @@ def gram(d: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return X.mT @ X
 
 
-def moments() -> dict[str, Tensor]:
-    return {"b.weight": gram(3), "a.k.weight": gram(6, torch.float64)}
+def inputs(dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+
+def stored() -> dict[str, Tensor]:
+    return {"b.weight": gram(3), "c.weight": inputs(), "a.k.weight": gram(6, torch.float64)}
 
 
 def write(path: Path) -> Path:
-    write_statistics(path, moments(), LAYERS, samples=5, fingerprint="ab" * 32, base_fingerprint="cd" * 32)
+    write_statistics(path, stored(), LAYERS, samples=5, fingerprint="ab" * 32, base_fingerprint="cd" * 32)
     return path
 
 
 def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "new" / "expert.safetensors"
-    written = write_statistics(path, moments(), LAYERS, samples=5, fingerprint="f", base_fingerprint="b")
+    written = write_statistics(path, stored(), LAYERS, samples=5, fingerprint="f", base_fingerprint="b")
     assert written == path.stat().st_size
     with open_statistics(path) as statistics:
         assert dict(statistics.layers) == LAYERS
         assert (statistics.path, statistics.samples) == (path, 5)
         assert (statistics.fingerprint, statistics.base_fingerprint) == ("f", "b")
         for name, layer in LAYERS.items():
-            found = statistics.moment(name)
-            assert found.dtype == moments()[layer.stored].dtype
-            assert torch.equal(found, moments()[layer.stored])
+            found = statistics.stored(name)
+            assert found.dtype == stored()[layer.stored].dtype
+            assert torch.equal(found, stored()[layer.stored])
+            assert statistics.holds_inputs(name) == (name == "c.weight")
+            if name != "c.weight":
+                assert torch.equal(statistics.moment(name), found)
+        X = inputs().double()
+        moment = statistics.moment("c.weight")
+        assert moment.dtype == torch.float32
+        assert float((moment - X.mT @ X).norm() / (X.mT @ X).norm()) < 1e-6
         with pytest.raises(KeyError):
-            statistics.moment("c.weight")
+            statistics.moment("d.weight")
     with pytest.raises(ValueError, match="close"):
         statistics.moment("b.weight")
 
@@ -63,12 +75,13 @@ def test_other_libraries_can_read_it_and_equal_input_gives_equal_bytes(tmp_path:
     assert {name: value.dtype for name, value in found.items()} == {
         "a.k.weight": torch.float64,
         "b.weight": torch.float32,
+        "c.weight": torch.bfloat16,
     }
     with safe_open(one, "pt") as file:
         header = json.loads(file.metadata()[KEY])
     assert header["layers"]["a.q.weight"] == {"tokens": 12, "space": "input", "size": 6, "stored": "a.k.weight"}
     two = tmp_path / "two"
-    shuffled = dict(reversed(moments().items()))
+    shuffled = dict(reversed(stored().items()))
     write_statistics(
         two, shuffled, dict(reversed(LAYERS.items())), samples=5, fingerprint="ab" * 32, base_fingerprint="cd" * 32
     )
@@ -98,19 +111,38 @@ def test_the_place_cannot_be_written_to(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"moments": {"b.weight": gram(3)}}, "not those that the layers are stored in"),
-        ({"moments": {**moments(), "x": gram(2)}}, "not those that the layers are stored in"),
-        ({"moments": {**moments(), "b.weight": gram(4)}}, r"b\.weight: expected a float32 or float64 moment \[3, 3\]"),
-        ({"moments": {**moments(), "b.weight": gram(3).bfloat16()}}, "expected a float32 or float64"),
+        ({"stored": {"b.weight": gram(3)}}, "not those that the layers are stored in"),
+        ({"stored": {**stored(), "x": gram(2)}}, "not those that the layers are stored in"),
+        (
+            {"stored": {**stored(), "b.weight": gram(4)}},
+            r"b\.weight: expected a moment \[3, 3\] in float32 or float64, got",
+        ),
+        (
+            {"stored": {**stored(), "b.weight": gram(3).bfloat16()}},
+            r"expected a moment \[3, 3\] in float32 or float64, got",
+        ),
+        (
+            {"stored": {**stored(), "b.weight": torch.ones(2, 3)}},
+            r"expected a moment \[3, 3\] in float32 or float64, got",
+        ),
+        (
+            {"stored": {**stored(), "c.weight": torch.ones(3, 6)}},
+            r"float64, or inputs \[4, 6\], got torch.float32 \(3, 6\)",
+        ),
+        (
+            {"stored": {**stored(), "c.weight": inputs().int()}},
+            r"float64, or inputs \[4, 6\], got torch.int32 \(4, 6\)",
+        ),
         ({"layers": {**LAYERS, "b.weight": Layer(0, "output", 3, "b.weight")}}, "at least one token"),
         ({"layers": {**LAYERS, "b.weight": Layer(1, "both", 3, "b.weight")}}, "expected one of"),
-        ({"moments": {**moments(), "b.weight": gram(3) * torch.nan}}, "9 non-finite values"),
+        ({"stored": {**stored(), "b.weight": gram(3) * torch.nan}}, "9 non-finite values"),
+        ({"stored": {**stored(), "c.weight": inputs() / 0}}, "the inputs have 24 non-finite values, expected none"),
     ],
 )
 def test_what_does_not_belong_together_is_not_written(
     tmp_path: Path, change: dict[str, dict[str, object]], expected: str
 ) -> None:
-    arguments = {"moments": moments(), "layers": LAYERS, **change}
+    arguments = {"stored": stored(), "layers": LAYERS, **change}
     with pytest.raises(ValueError, match=expected):
         write_statistics(tmp_path / "s", **arguments, samples=1, fingerprint="f", base_fingerprint="b")
     assert list(tmp_path.iterdir()) == []
@@ -147,10 +179,18 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "space": (lambda p: spoil(p, lambda h: layer(h, space="x")), "space is 'x', expected one of input, output"),
     "stored": (lambda p: spoil(p, lambda h: layer(h, stored="x")), "its moment 'x' is not in the file"),
     "stored list": (lambda p: spoil(p, lambda h: layer(h, stored=[])), "its moment [] is not in the file"),
-    "size": (lambda p: spoil(p, lambda h: layer(h, size=4)), "shape [3, 3], expected float32 or float64 and [4, 4]"),
+    "size": (lambda p: spoil(p, lambda h: layer(h, size=4)), "shape [3, 3], expected a moment [4, 4] in float32"),
     "dtype": (
         lambda p: spoil(p, lambda h: None, **{"b.weight": gram(3).half()}),
-        "torch.float16 and shape [3, 3], expected float32",
+        "torch.float16 and shape [3, 3], expected a moment [3, 3] in float32 or float64; capture",
+    ),
+    "inputs": (
+        lambda p: spoil(p, lambda h: h["layers"]["c.weight"].update(tokens=5)),
+        "shape [4, 6], expected a moment [6, 6] in float32 or float64, or inputs [5, 6]; capture",
+    ),
+    "inputs of shifts": (
+        lambda p: spoil(p, lambda h: h["layers"]["c.weight"].update(space="output")),
+        "shape [4, 6], expected a moment [6, 6] in float32 or float64; capture",
     ),
     "unused": (lambda p: spoil(p, lambda h: None, more=gram(3)), "tensor 'more' belongs to no layer"),
     "samples": (lambda p: spoil(p, lambda h: h.update(samples="5")), "samples is '5'"),
@@ -183,9 +223,25 @@ def test_a_wrong_moment_is_found_when_it_is_read(tmp_path: Path, value: Tensor, 
     path = write(tmp_path / "s.safetensors")
     spoil(path, lambda h: None, **{"b.weight": value})
     with open_statistics(path) as statistics:
-        assert torch.equal(statistics.moment("a.q.weight"), moments()["a.k.weight"])
+        assert torch.equal(statistics.moment("a.q.weight"), stored()["a.k.weight"])
         with pytest.raises(InputError, match=f"b.weight: the moment .*{expected}"):
             statistics.moment("b.weight")
+
+
+def test_wrong_inputs_are_found_when_they_are_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.safetensors")
+    spoil(path, lambda h: None, **{"c.weight": inputs() * 1e30})
+    with (
+        open_statistics(path) as statistics,
+        pytest.raises(InputError, match=r"c\.weight: its second moment overflows"),
+    ):
+        statistics.moment("c.weight")
+    spoil(path, lambda h: None, **{"c.weight": inputs().index_fill(0, torch.tensor([1]), torch.inf)})
+    with (
+        open_statistics(path) as statistics,
+        pytest.raises(InputError, match=r"c\.weight: the inputs have 6 non-finite"),
+    ):
+        statistics.moment("c.weight")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -66,15 +66,23 @@ def read_from(name: str) -> str:
     return name.replace(".self.key.", ".self.query.").replace(".self.value.", ".self.query.")
 
 
+def random_inputs(base: Mapping[str, Tensor], seed: int, *, tokens: int = 30) -> dict[str, Tensor]:
+    """Random inputs [tokens, n] of each linear layer; layers that read the same have the same."""
+    found = {}
+    for name in matrices(base):
+        n, source = base[name].shape[1], sorted(matrices(base)).index(read_from(name))
+        random = torch.Generator().manual_seed(1000 * seed + source)
+        found[name] = torch.randn(tokens, n, generator=random) * torch.linspace(0.2, 2, n)
+    return found
+
+
 def second_moments(
     base: Mapping[str, Tensor], expert: Mapping[str, Tensor], seed: int, *, tokens: int = 30, output: str = ""
 ) -> dict[str, Tensor]:
     """XᵀX of random inputs of each linear layer, of X Δᵀ where `output` is in its name and it is not square."""
     moments = {}
-    for name in matrices(base):
-        shape, source = base[name].shape, sorted(matrices(base)).index(read_from(name))
-        random = torch.Generator().manual_seed(1000 * seed + source)
-        X = torch.randn(tokens, shape[1], generator=random) * torch.linspace(0.2, 2, shape[1])
+    for name, X in random_inputs(base, seed, tokens=tokens).items():
+        shape = base[name].shape
         if output and output in name and shape[0] != shape[1]:
             X = X @ (expert[name].float() - base[name].float()).mT
         moments[name] = X.mT @ X
@@ -89,12 +97,13 @@ def save_statistics(
     *,
     tokens: int = 30,
 ) -> Path:
-    """A statistics file of `expert`; the space of a moment is told by its size, layers with equal moments share one."""
+    """A statistics file of `expert`, of moments or inputs; the space of a moment is told by its size, layers with equal
+    ones share one."""
     layers = {}
     for name, moment in moments.items():
-        space = "input" if len(moment) == base[name].shape[1] else "output"
+        space = "input" if moment.shape[1] == base[name].shape[1] else "output"
         stored = read_from(name) if space == "input" and read_from(name) in moments else name
-        layers[name] = Layer(tokens, space, len(moment), stored)
+        layers[name] = Layer(tokens, space, moment.shape[1], stored)
     shifts = [name for name, layer in layers.items() if layer.space == "output"]
     write_statistics(
         path,

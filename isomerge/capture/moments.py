@@ -1,15 +1,18 @@
 """Sums YᵀY over the calls of many layers, in which layers that read the same tensors share one sum.
 
 Sharing is found while running, never assumed: a layer joins a sum when its whole history is that sum's, and leaves it
-with a copy before the first tensor that the others did not read. Beyond the moments themselves, at most 256 MB of rows
-are held, or those of one call if that is more, and the tensors that some of their readers have yet to read.
+with a copy before the first tensor that the others did not read. Inputs of fewer tokens than they are wide are kept as
+they are: they take less memory than their moment, and no arithmetic. Beyond that and the moments themselves, at most
+256 MB of rows are held, or those of one call if that is more, and the tensors that some of their readers have yet to
+read.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -39,16 +42,26 @@ class _Read:
 
 @dataclass(eq=False, slots=True)
 class Sum:
-    """`moment` [d, d] over `tokens` rows; `members` are the layers that read exactly the tensors in it."""
+    """`moment` [d, d] over `tokens` rows, or `inputs` [.., d], the rows themselves, while they are fewer than d.
+
+    `members` are the layers that read exactly the tensors in it.
+    """
 
     space: str
     rule: str  # which tokens count; layers with different rules share nothing
     members: set[str]
     moment: Tensor | None = None
+    inputs: list[Tensor] = field(default_factory=list)
     tokens: int = 0
     calls: int = 0
     waiting: _Read | None = None
-    rows: list[Tensor] = field(default_factory=list)  # that are not in the moment yet
+    rows: list[Tensor] = field(default_factory=list)  # that are in neither yet
+
+    def stored(self) -> Tensor | None:
+        """YᵀY [d, d], or Y [tokens, d] if that is less; None for no tokens. Complete after `flush`."""
+        if self.inputs:
+            self.inputs = [_joined(self.inputs)]
+        return self.inputs[0] if self.inputs else self.moment
 
 
 def _no_delta(name: str) -> Tensor:
@@ -133,8 +146,8 @@ class Moments:
         assert found.waiting is not None
         others = found.members - found.waiting.readers
         if others:
-            moment = None if found.moment is None else found.moment.clone()
-            apart = Sum(found.space, found.rule, others, moment, found.tokens, found.calls, rows=list(found.rows))
+            apart = replace(found, members=others, waiting=None, rows=list(found.rows), inputs=list(found.inputs))
+            apart.moment = None if found.moment is None else found.moment.clone()
             found.members = found.members - others
             self._of.update(dict.fromkeys(others, apart))
         self._take(found)
@@ -168,28 +181,49 @@ class Moments:
 
     @torch.no_grad()
     def _multiply(self, found: Sum) -> None:
-        """Adds the rows that are kept to the moment."""
+        """Adds the rows that are kept to the moment, or to the inputs while they are less than it."""
+        name, d = min(found.members), self._size(found)
+        if found.space == "input" and found.moment is None and self._lossless(found.rows[0].dtype):
+            if sum(map(len, found.inputs + found.rows)) < d:
+                for X in found.rows:
+                    if not math.isfinite(torch.linalg.vector_norm(X, dtype=torch.promote_types(X.dtype, self.dtype))):
+                        raise _refused(name, X, None)
+                found.inputs += found.rows
+                found.rows.clear()
+                return
+            found.rows[:0] = found.inputs
+            found.inputs.clear()
         if found.moment is None:
-            d = self._size(found)
             found.moment = torch.zeros(d, d, dtype=self.dtype, device=found.rows[0].device)
-        X = found.rows[0] if len(found.rows) == 1 else torch.cat(found.rows)
+        X = _joined(found.rows)
         found.rows.clear()
-        name = min(found.members)
         delta = self.delta(name) if found.space == "output" else None
         try:
             ops.shift_cov(X, delta, out=found.moment)
         except ValueError:
-            if delta is not None and not bool(delta.isfinite().all()):
-                raise InputError(
-                    f"{name}: {int((~delta.isfinite()).sum())} values of the difference between the model and the base"
-                    " are not finite; check both"
-                ) from None
-            if bool(X.isfinite().all()):
-                raise InputError(
-                    f"{name}: the sum of squares of its input overflows float32; check the samples, or use float64"
-                ) from None
-            bad = int((~X.isfinite()).sum())
-            raise InputError(
-                f"{name}: {bad} of {X.numel()} values of its input are not finite; check the samples, or run the model"
-                " in float32"
-            ) from None
+            raise _refused(name, X, delta) from None
+
+    def _lossless(self, dtype: torch.dtype) -> bool:
+        """Whether rows of `dtype` give the moment that was asked for: their products are taken in float32 or wider."""
+        return self.dtype in (torch.float32, dtype)
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _refused(name: str, X: Tensor, delta: Tensor | None) -> InputError:
+    """Why rows have no finite moment."""
+    if delta is not None and not bool(delta.isfinite().all()):
+        return InputError(
+            f"{name}: {int((~delta.isfinite()).sum())} values of the difference between the model and the base are not"
+            " finite; check both"
+        )
+    if bool(X.isfinite().all()):
+        return InputError(
+            f"{name}: the sum of squares of its input overflows float32; check the samples, or use float64"
+        )
+    return InputError(
+        f"{name}: {int((~X.isfinite()).sum())} of {X.numel()} values of its input are not finite; check the samples, or"
+        " run the model in float32"
+    )

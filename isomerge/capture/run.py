@@ -20,7 +20,7 @@ from isomerge.capture.sites import Site, find_sites, match_names, match_values, 
 from isomerge.checkpoint import Checkpoint, from_state_dict, open_checkpoint
 from isomerge.errors import InputError
 from isomerge.families import recognise
-from isomerge.statistics import Layer, fingerprint, sample_values, write_statistics
+from isomerge.statistics import Layer, as_moment, fingerprint, sample_values, write_statistics
 
 Weights = str | Path | Checkpoint | Mapping[str, Tensor]
 
@@ -44,20 +44,25 @@ class Progress:
 class Captured:
     """What a capture found.
 
-    moments   stored name -> YᵀY [d, d], on the CPU
-    layers    tensor name -> what it saw, and the stored name of its moment
+    stored    stored name -> YᵀY [d, d], or the inputs Y [tokens, d] where those are fewer than d, on the CPU
+    layers    tensor name -> what it saw, and its stored name
     samples   how many samples the model was run on
     tokens    rows that the layer with most of them saw
     warnings  what was left out and what the numbers are too few for, one line each
     fingerprint, base_fingerprint   as in `statistics.Statistics`
     """
 
-    moments: dict[str, Tensor]
+    stored: dict[str, Tensor]
     layers: dict[str, Layer]
     samples: int
     fingerprint: str
     base_fingerprint: str | None = None
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def moments(self) -> dict[str, Tensor]:
+        """Stored name -> YᵀY [d, d], float32 or float64; computed where the inputs are stored."""
+        return {name: as_moment(value) for name, value in self.stored.items()}
 
     @property
     def tokens(self) -> int:
@@ -68,7 +73,7 @@ class Captured:
         check_place(path, overwrite)
         return write_statistics(
             path,
-            self.moments,
+            self.stored,
             self.layers,
             samples=self.samples,
             fingerprint=self.fingerprint,
@@ -103,7 +108,8 @@ def capture(
     samples     how many samples the batches hold; by default their first dimensions are counted
     dtype       of the sums, float32 or float64; products are taken in float32, or float64 for a float64 model
 
-    Layers that always read the same tensors share one moment. InputError for inputs that cannot be used.
+    Layers that always read the same tensors share one moment, and those that see fewer tokens than they have inputs
+    keep the inputs instead, [tokens, n] in the model's dtype. InputError for inputs that cannot be used.
     """
     if dtype not in (torch.float32, torch.float64):
         raise InputError(f"capture: dtype: expected torch.float32 or torch.float64, got {dtype}")
@@ -323,17 +329,17 @@ class _Run:
     def result(self, samples: int) -> Captured:
         """The moments under the checkpoint's names, and everything there is to say."""
         layers: dict[str, Layer] = {}
-        moments: dict[str, Tensor] = {}
+        stored: dict[str, Tensor] = {}
         for found in self.moments.sums():
             names = sorted(self.names[name] for name in found.members if name not in self.dropped)
             if names and found.tokens == 0:
                 self.dropped.update(dict.fromkeys(found.members, "the attention mask keeps none of its tokens"))
                 continue
-            moment = found.moment
-            if not names or moment is None:
+            value = found.stored()
+            if not names or value is None:
                 continue
-            moments[names[0]] = moment.to("cpu")
-            layer = Layer(found.tokens, found.space, len(moment), names[0])
+            stored[names[0]] = value.to("cpu")
+            layer = Layer(found.tokens, found.space, value.shape[1], names[0])
             layers.update(dict.fromkeys(names, layer))
         never = set(self.by_name) - {name for name, _ in self.moments} - set(self.dropped)
         self.dropped.update(dict.fromkeys(never, "never ran"))
@@ -352,7 +358,7 @@ class _Run:
         if self.base is not None and shifts:
             base = fingerprint(self.base, shifts)
         order = {name: layers[name] for name in sorted(layers)}
-        return Captured(moments, order, samples, fingerprint(self.weights, layers), base, warnings)
+        return Captured(stored, order, samples, fingerprint(self.weights, layers), base, warnings)
 
 
 @contextmanager

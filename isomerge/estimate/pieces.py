@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isomerge.checkpoint import Checkpoint, from_state_dict
-from isomerge.deltas import Group, Unit
+from isomerge.deltas import Unit
 from isomerge.estimate.work import Work
 from isomerge.moments import Moments
 from isomerge.run import Job
@@ -62,7 +62,8 @@ def _small_step(step: Step, names: list[str], m: int, n: int) -> Step:
     d = 0 if not group.moment_size else m if of_outputs else n
     units = tuple(Unit(name, (name,) * len(group.units[0].sources), 0, m * n, True) for name in names)
     call = replace(step.call, alphas=(1.0,) * len(step.call.alphas))
-    return replace(step, group=Group(m, n, group.transposed, group.dtype, units, d, group.reduction), call=call)
+    group = replace(group, m=m, n=n, units=units, moment_size=d, tokens=0)
+    return replace(step, group=group, call=call)
 
 
 def _shifted(values: Tensor, names: list[str], shape: tuple[int, int]) -> dict[str, Tensor]:
