@@ -202,8 +202,9 @@ class DeltaReader:
     def _read_moments(self, group: Group, deltas: Tensor) -> Tensor:
         d = group.moment_size
         moments = empty_stack(len(group.units), len(self._moments), d, d, group.dtype, self._place.device)
-        pairs = zip(group.units, moments, deltas, strict=True)
-        self._each([partial(self._moment, group, t, unit, m[t], x[t]) for unit, m, x in pairs for t in range(len(m))])
+        for unit, mine, theirs in zip(group.units, moments, deltas, strict=True):
+            for t, (target, delta) in enumerate(zip(mine, theirs, strict=True)):
+                self._moment(group, t, unit, target, delta)
         return moments
 
     def _moment(self, group: Group, t: int, unit: Unit, target: Tensor, delta: Tensor) -> None:

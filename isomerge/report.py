@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -178,24 +176,6 @@ def _scipy_version() -> str:
         return metadata.version("scipy")
     except metadata.PackageNotFoundError:
         return "none"
-
-
-def peak_rss() -> int | None:
-    """The largest resident memory of this process so far, in bytes; None where the system does not tell.
-
-    Linux's own file comes first: getrusage there starts from the peak of the process that launched this one.
-    """
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) * 1024
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
 
 
 def model_card(plan: Plan, report: Report, library: str) -> str:

@@ -28,16 +28,18 @@ from isomerge.checkpoint import Checkpoint, Receipt
 from isomerge.delta_reader import DeltaReader
 from isomerge.deltas import PIECE_ELEMENTS, Mapped, Stack, Unit, frobenius
 from isomerge.errors import InputError
+from isomerge.memory import give_back, peak_rss, resident
 from isomerge.methods import METHODS
 from isomerge.moments import Moments
 from isomerge.overlap import Behind, ahead
 from isomerge.place import Place
 from isomerge.plan import Plan
-from isomerge.report import Report, peak_rss
-from isomerge.schedule import Step, streams
+from isomerge.report import Report
+from isomerge.schedule import Step, process_bytes, streams
 from isomerge.spool import Spool
 from isomerge.tally import Batch, Outcome, Tally
 
+FULL = 0.9  # of the planned memory: beyond it, what malloc keeps back is given back between groups
 WRITES = 1  # tensors that wait for the writing thread, or are being written, while the next is computed
 
 
@@ -87,6 +89,7 @@ def run(
     started = time.perf_counter()
     weights = [model.weight for model in job.plan.settings.models]
     place = job.place
+    others = max(0, resident() - process_bytes(job.plan.workers))  # what the caller's own program holds
 
     def read(step: Step) -> tuple[Stack | Mapped[Written], Callable[[Iterable[Tensor]], None], float]:
         before = time.perf_counter()
@@ -119,6 +122,7 @@ def run(
                 report.totals.read_seconds += seconds
                 state.step(step, found)
                 del found  # before the next is taken: two stacks in memory, never three
+                give_back(above=others + FULL * job.plan.peak_bytes)
                 if step.layer_type is not None and (following is None or following.layer_type != step.layer_type):
                     state.release()
         writes.close()

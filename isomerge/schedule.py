@@ -22,7 +22,7 @@ _INDEX = re.compile(r"((?:\w*(?:layer|block)_)?)\d+")  # `3`, and torchvision's 
 PROCESS_BYTES = 360 * 2**20  # Python with torch loaded and what malloc keeps back (measured: 250 to 350 MiB)
 THREAD_BYTES = 26 * 2**20  # that malloc keeps back for each thread beyond two (measured with eight: 17 to 24 MiB)
 
-SHIFT_TOKENS = 512  # whose shifts are in memory at a time, by each thread that forms a moment of them
+SHIFT_TOKENS = 512  # whose shifts are in memory at a time
 
 GPU_GROUP_BYTES = 2 * 2**30
 """Of the deltas that a GPU computes together: at T = 8 the 113 matrices of 768 x 768 of this size are one batch, where
@@ -163,9 +163,8 @@ def step_bytes(step: Step, experts: int, workers: int, *, units: int | None = No
         return fixed + per_unit * min(units, workers)
     # Threads that have no unit of their own take a task of another's.
     beside = max(0, min(torch.get_num_threads(), units * experts) - units)
-    floats = beside * METHODS[step.call.method].task_floats(group.m, group.n)
-    floats += (min(workers, units * experts) - 1) * stored_floats(group)
-    return fixed + per_unit * units + int(floats * group.dtype.itemsize)
+    floats = METHODS[step.call.method].task_floats(group.m, group.n)
+    return fixed + per_unit * units + int(beside * floats * group.dtype.itemsize)
 
 
 def stored_floats(group: Group) -> int:

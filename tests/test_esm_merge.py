@@ -637,7 +637,7 @@ def test_a_plan_comes_from_headers_alone(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_inputs_count_for_memory(tmp_path: Path) -> None:
-    def peak(tokens: int, workers: int) -> int:
+    def peak(tokens: int) -> int:
         shape = (64, 4096)
         base = from_state_dict({f"layers.{i}.mlp.fc.weight": torch.zeros(1).expand(shape) for i in range(2)}, "base")
         path = tmp_path / f"{tokens}"
@@ -646,12 +646,11 @@ def test_inputs_count_for_memory(tmp_path: Path) -> None:
         settings = Settings("esm", Model("base"), tuple(Model(f"e{i}", statistics="s") for i in range(4)))
         with open_statistics(path) as statistics:
             opened = [Moments(statistics, "s")] * 4
-            plan = build_plan(settings, base, [base] * 4, statistics=opened, group_bytes=1, workers=workers)
+            plan = build_plan(settings, base, [base] * 4, statistics=opened, group_bytes=1)
         assert {a.moment_size for a in plan.assignments} == {64}
         return plan.peak_bytes
 
-    assert peak(1000, 1) - peak(10, 1) >= 990 * 4096 * 4
-    assert peak(1000, 2) - peak(10, 2) >= 2 * 990 * 4096 * 4
+    assert peak(1000) - peak(10) >= 1.9 * 990 * 4096 * 4  # as read, and in the dtype of the deltas
 
 
 def test_the_plan_counts_moments_and_the_spool(tmp_path: Path) -> None:

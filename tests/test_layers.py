@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "isomerge"
 
 LEVELS = (  # from the bottom; a module may import from lower levels, and from its own package
     {"errors"},
-    {"backends", "settings", "checkpoint", "overlap", "place", "recipe_text"},
+    {"backends", "settings", "checkpoint", "memory", "overlap", "place", "recipe_text"},
     {"ops"},
     {"methods", "deltas", "families", "nonfinite", "recipe", "statistics"},
     {"delta_reader", "headers", "schedule", "moments"},
