@@ -26,12 +26,16 @@ print(before >> 20, kept >> 20, resident() >> 20)
 """
 
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not tell")
+
+
+@linux
 def test_the_system_tells() -> None:
     assert 0 < resident() <= peak_rss() + 2**20
     give_back(above=0)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+@linux
 def test_freed_arrays_go_back_to_the_system_above_a_bound() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     before, kept, after = map(int, done.stdout.split())
