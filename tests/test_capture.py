@@ -486,6 +486,15 @@ class Fickle(nn.Module):
         return self.a(x) + self.c(x)
 
 
+def told(model: Fickle, batches: list[tuple[Tensor, str]]) -> dict[str, Tensor]:
+    """The moment of every layer over batches."""
+    expected: dict[str, Tensor] = {}
+    for x, how in batches:
+        for name, value in recorded_plain(model, x, how).items():  # type: ignore[arg-type]
+            expected[name] = expected.get(name, torch.zeros(4, 4)) + value
+    return expected
+
+
 @pytest.mark.parametrize(
     "story", ["same same", "same other same", "same alone same", "other same", "same changed same"]
 )
@@ -497,12 +506,8 @@ def test_layers_stop_sharing_as_soon_as_they_read_different_tensors(
     torch.manual_seed(0)
     model = Fickle()
     batches = [(torch.randn(6, 4), how) for how in story.split()]
-    expected: dict[str, Tensor] = {}
-    for x, how in batches:
-        for name, value in recorded_plain(model, x, how).items():  # type: ignore[arg-type]
-            expected[name] = expected.get(name, torch.zeros(4, 4)) + value
     captured = capture(model, batches)
-    for name, wanted in expected.items():
+    for name, wanted in told(model, batches).items():
         assert error(moment(captured, name), wanted) < TOLERANCE, name
     together = captured.layers["a.weight"].stored == captured.layers["b.weight"].stored
     assert together == (story == "same same")
@@ -524,10 +529,15 @@ class InPlace(nn.Module):
         return self.b(x)
 
 
+@pytest.mark.parametrize("tokens", [3, 6])  # below the width and above
+@pytest.mark.parametrize("kept", [1, 1 << 20])  # bytes of rows: none are kept, all are
 @pytest.mark.parametrize("inference", [False, True])
-def test_an_input_changed_in_place_counts_as_it_was_read(inference: bool) -> None:
+def test_an_input_changed_in_place_counts_as_it_was_read(
+    inference: bool, kept: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments_module, "_BYTES", kept)
     torch.manual_seed(0)
-    model, X = InPlace(), torch.randn(6, 4)
+    model, X = InPlace(), torch.randn(tokens, 4)
     expected = recorded_plain(model, X)
     with torch.inference_mode(inference):
         captured = capture(model, [X])
@@ -602,14 +612,10 @@ def test_layers_that_stop_sharing_keep_the_inputs_of_both(
     model = Fickle()
     for count in (1, 2):  # tokens of a batch: below and above the width in the end
         batches = [(torch.randn(count, 4), how) for how in story.split()]
-        expected: dict[str, Tensor] = {}
-        for x, how in batches:
-            for name, value in recorded_plain(model, x, how).items():  # type: ignore[arg-type]
-                expected[name] = expected.get(name, torch.zeros(4, 4)) + value
         captured = capture(model, batches)
         few = [len(value) < 4 for value in captured.stored.values()]
         assert all(few) if count == 1 else not all(few)
-        for name, wanted in expected.items():
+        for name, wanted in told(model, batches).items():
             assert error(moment(captured, name), wanted) < TOLERANCE, name
 
 

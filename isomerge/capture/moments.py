@@ -163,7 +163,7 @@ class Moments:
         count = len(X) if rows is None else len(rows)
         for start in range(0, count, TOKENS):
             part = X[start : start + TOKENS] if rows is None else X.index_select(0, rows[start : start + TOKENS])
-            if rows is None and read.copy is None and part.nbytes < _BYTES:
+            if rows is None and read.copy is None and (part.nbytes < _BYTES or found.moment is None):
                 part = part.clone()  # what the model does to its tensor later must not count
             found.rows.append(part)
             self._kept += part.nbytes
