@@ -125,7 +125,7 @@ def _size(layer: Layer, moments: Sequence[Moments], known: Sequence[Known | None
             f"{_verb(lacking, 'has', 'have')} none; capture all experts alike, or take another method for it with a "
             f'rule {{filter: "{layer.name}", merge_method: tsvm}}'
         )
-    spaces, having = [], []  # of those whose space is settled
+    settled: list[tuple[str, str]] = []  # (space, whose) of stored moments: inputs give either
     for m, source, entry in zip(moments, layer.sources, known, strict=True):
         assert entry is not None
         space = entry.space or ("output" if entry.size == layer.m != layer.n else "input")
@@ -137,17 +137,17 @@ def _size(layer: Layer, moments: Sequence[Moments], known: Sequence[Known | None
                 f"{layer.m} x {layer.n}; expected [{layer.n}, {layer.n}] in input space{output}"
             )
         if not entry.inputs:
-            spaces.append(space)
-            having.append(m.label)
-    if not spaces:
+            settled.append((space, m.label))
+    if not settled:
         return min(layer.m, layer.n)
-    other = next((i for i, space in enumerate(spaces) if space != spaces[0]), None)
-    if other is not None:
-        raise InputError(
-            f"{layer.name}: second moments in {spaces[0]} space in {having[0]} and in {spaces[other]} space in "
-            f"{having[other]}; capture all experts alike"
-        )
-    return layer.n if spaces[0] == "input" else layer.m
+    first, whose = settled[0]
+    for space, label in settled:
+        if space != first:
+            raise InputError(
+                f"{layer.name}: second moments in {first} space in {whose} and in {space} space in {label}; capture "
+                "all experts alike"
+            )
+    return layer.n if first == "input" else layer.m
 
 
 def check_fingerprints(base: Checkpoint, experts: Sequence[Checkpoint], moments: Sequence[Moments]) -> None:

@@ -22,7 +22,7 @@ _INDEX = re.compile(r"((?:\w*(?:layer|block)_)?)\d+")  # `3`, and torchvision's 
 PROCESS_BYTES = 360 * 2**20  # Python with torch loaded and what malloc keeps back (measured: 250 to 350 MiB)
 THREAD_BYTES = 26 * 2**20  # that malloc keeps back for each thread beyond two (measured with eight: 17 to 24 MiB)
 
-SHIFT_TOKENS = 512  # whose shifts are in memory at a time
+SHIFT_TOKENS = 512  # whose shifts are in memory at a time: TOKENS of backends/eager.py, which a plan does not load
 
 GPU_GROUP_BYTES = 2 * 2**30
 """Of the deltas that a GPU computes together: at T = 8 the 113 matrices of 768 x 768 of this size are one batch, where

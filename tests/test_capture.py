@@ -499,14 +499,17 @@ def told(model: Fickle, batches: list[tuple[Tensor, str]]) -> dict[str, Tensor]:
     "story", ["same same", "same other same", "same alone same", "other same", "same changed same"]
 )
 @pytest.mark.parametrize("kept", [1, 200, 1 << 20])  # bytes of rows: none are kept, a few are, all are
+@pytest.mark.parametrize("tokens", [1, 2, 6])  # of a batch: below the width in the end, from some batch on above, above
 def test_layers_stop_sharing_as_soon_as_they_read_different_tensors(
-    story: str, kept: int, monkeypatch: pytest.MonkeyPatch
+    story: str, tokens: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(moments_module, "_BYTES", kept)
     torch.manual_seed(0)
     model = Fickle()
-    batches = [(torch.randn(6, 4), how) for how in story.split()]
+    batches = [(torch.randn(tokens, 4), how) for how in story.split()]
     captured = capture(model, batches)
+    few = [len(value) < 4 for value in captured.stored.values()]
+    assert all(few) if tokens == 1 else not all(few)
     for name, wanted in told(model, batches).items():
         assert error(moment(captured, name), wanted) < TOLERANCE, name
     together = captured.layers["a.weight"].stored == captured.layers["b.weight"].stored
@@ -600,23 +603,6 @@ def test_fewer_tokens_than_the_width_are_kept_as_they_are(
     wide = capture(model, [X[:19]], dtype=torch.float64).stored["0.weight"]
     assert wide.shape == ((19, 20) if dtype == torch.float64 else (20, 20))
     assert wide.dtype == torch.float64
-
-
-@pytest.mark.parametrize("kept", [1, 200, 1 << 20])
-@pytest.mark.parametrize("story", ["same same", "same other same", "same changed same"])
-def test_layers_that_stop_sharing_keep_the_inputs_of_both(
-    story: str, kept: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(moments_module, "_BYTES", kept)
-    torch.manual_seed(0)
-    model = Fickle()
-    for count in (1, 2):  # tokens of a batch: below and above the width in the end
-        batches = [(torch.randn(count, 4), how) for how in story.split()]
-        captured = capture(model, batches)
-        few = [len(value) < 4 for value in captured.stored.values()]
-        assert all(few) if count == 1 else not all(few)
-        for name, wanted in told(model, batches).items():
-            assert error(moment(captured, name), wanted) < TOLERANCE, name
 
 
 # What it leaves behind ------------------------------------------------------------------------------------------

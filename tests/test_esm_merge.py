@@ -17,6 +17,7 @@ import torch
 from tiny import assert_same
 from torch import Tensor
 
+from isomerge.backends import eager
 from isomerge.capture import capture
 from isomerge.checkpoint import Checkpoint, from_state_dict
 from isomerge.delta_reader import DeltaReader
@@ -27,7 +28,7 @@ from isomerge.moments import Moments, check_fingerprints
 from isomerge.output import check_output
 from isomerge.plan import build_plan
 from isomerge.report import plan_data
-from isomerge.schedule import layer_type
+from isomerge.schedule import SHIFT_TOKENS, layer_type
 from isomerge.settings import Model, Settings
 from isomerge.spool import Spool
 from isomerge.statistics import Layer, fingerprint, open_statistics, write_statistics
@@ -650,6 +651,7 @@ def test_inputs_count_for_memory(tmp_path: Path) -> None:
         assert {a.moment_size for a in plan.assignments} == {64}
         return plan.peak_bytes
 
+    assert SHIFT_TOKENS == eager.TOKENS
     assert peak(1000) - peak(10) >= 1.9 * 990 * 4096 * 4  # as read, and in the dtype of the deltas
 
 

@@ -183,16 +183,15 @@ class Moments:
     def _multiply(self, found: Sum) -> None:
         """Adds the rows that are kept to the moment, or to the inputs while they are less than it."""
         name, d = min(found.members), self._size(found)
-        if found.space == "input" and found.moment is None and self._lossless(found.rows[0].dtype):
-            if sum(map(len, found.inputs + found.rows)) < d:
-                for X in found.rows:
-                    if not math.isfinite(torch.linalg.vector_norm(X, dtype=torch.promote_types(X.dtype, self.dtype))):
-                        raise _refused(name, X, None)
-                found.inputs += found.rows
-                found.rows.clear()
-                return
-            found.rows[:0] = found.inputs
-            found.inputs.clear()
+        if self._keeps_inputs(found, d):
+            for X in found.rows:
+                if not math.isfinite(torch.linalg.vector_norm(X, dtype=torch.promote_types(X.dtype, self.dtype))):
+                    raise _refused(name, X, None)
+            found.inputs += found.rows
+            found.rows.clear()
+            return
+        found.rows[:0] = found.inputs
+        found.inputs.clear()
         if found.moment is None:
             found.moment = torch.zeros(d, d, dtype=self.dtype, device=found.rows[0].device)
         X = _joined(found.rows)
@@ -203,9 +202,13 @@ class Moments:
         except ValueError:
             raise _refused(name, X, delta) from None
 
-    def _lossless(self, dtype: torch.dtype) -> bool:
-        """Whether rows of `dtype` give the moment that was asked for: their products are taken in float32 or wider."""
-        return self.dtype in (torch.float32, dtype)
+    def _keeps_inputs(self, found: Sum, d: int) -> bool:
+        """Whether all rows so far are kept as they are: fewer than d inputs, whose moment can still be had as it was
+        asked for.
+        """
+        lossless = self.dtype in (torch.float32, found.rows[0].dtype)  # products are in float32 or wider
+        fresh = found.space == "input" and found.moment is None
+        return fresh and lossless and sum(map(len, found.inputs + found.rows)) < d
 
 
 def _joined(rows: list[Tensor]) -> Tensor:

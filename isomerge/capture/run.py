@@ -58,11 +58,14 @@ class Captured:
     fingerprint: str
     base_fingerprint: str | None = None
     warnings: list[str] = field(default_factory=list)
+    _moments: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def moments(self) -> dict[str, Tensor]:
-        """Stored name -> YᵀY [d, d], float32 or float64; computed where the inputs are stored."""
-        return {name: as_moment(value) for name, value in self.stored.items()}
+        """Stored name -> YᵀY [d, d], float32 or float64; computed where the inputs are stored, the first time."""
+        if not self._moments:
+            self._moments = {name: as_moment(value) for name, value in self.stored.items()}
+        return self._moments
 
     @property
     def tokens(self) -> int:
