@@ -17,7 +17,7 @@ from gpu_setting import EPS, LARGEST, MOMENT, Setting, among, projected, summed,
 from torch import Tensor
 
 from isomerge import ops
-from isomerge.backends import OPS
+from isomerge.backends import BACKENDS
 from isomerge.backends.primitives import FORMATS, Primitives, TorchPrimitives, float32_products
 
 
@@ -231,7 +231,7 @@ def op_cases(setting: Setting) -> Iterator[Case]:
     shapes = [(model, m, n) for model in setting.models for m, n in model.counts]
     for model, m, n in sorted(shapes, key=lambda item: (item[1] != item[2], item[1] < item[2])):
         label = f"{model.name} {m}x{n}"
-        for op in (op for op in OPS if op in STACKED):
+        for op in (op for op in BACKENDS["triton"].ops if op in STACKED):
             yield Case(op, label, partial(STACKED[op], setting, model.layers, m, n))
         for dtype in (torch.bfloat16, torch.float32):
             for shifts in (False, True):

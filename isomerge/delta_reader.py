@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from isomerge import nonfinite, ops
 from isomerge.backends.side_by_side import single_threaded
-from isomerge.deltas import Group, Mapped, Read, Result, Stack, Unit, empty_stack, frobenius, moment_bytes
+from isomerge.deltas import RUNS_ELEMENTS, Group, Mapped, Read, Result, Stack, Unit, empty_stack, moment_bytes
 from isomerge.errors import InputError
 from isomerge.place import Place
 
@@ -63,7 +64,9 @@ class DeltaReader:
         self._place = place or Place()
         self._base, self._experts, self._weights, self._moments = base, experts, weights, moments
         self._allow_nonfinite = allow_nonfinite
-        self._free: list[Tensor] = []  # memory of units that are done: fresh pages cost as much as the arithmetic
+        self._free: list[Tensor] = []  # flat memory of units that are done: fresh pages cost as much as the arithmetic
+        self._buffers = _Buffers()
+        self._run = min(RUN_ELEMENTS, max(RUNS_ELEMENTS // (1 + len(experts)), 2**16))
         self._pool: ThreadPoolExecutor | None = None
         if self._place.memory() is None:
             self._pool = single_threaded(workers or torch.get_num_threads(), "isomerge-delta")
@@ -84,6 +87,7 @@ class DeltaReader:
     def read(self, group: Group) -> Stack:
         """A group's deltas, or where it says so their sum or mean over the experts, its base and its moments."""
         m, n, T = group.m, group.n, len(self._experts)
+        self._free.clear()  # no memory beside what the group takes
         deltas = empty_stack(len(group.units), self._stacked(group), m, n, group.dtype, self._place.device)
         stack = Stack(deltas=deltas, base=[self._empty(group) for _ in group.units])
         targets = list(zip(group.units, stack.base, deltas, strict=True))
@@ -105,12 +109,14 @@ class DeltaReader:
         """
         mapped = Mapped[Result]()
         shape = 1 + self._stacked(group), group.m, group.n
-        if any(buffer.shape != shape or buffer.dtype != group.dtype for buffer in self._free):
+        size = math.prod(shape)
+        if any(buffer.numel() < size or buffer.dtype != group.dtype for buffer in self._free):
             self._free.clear()
 
         def one(unit: Unit) -> tuple[Result, Read]:
-            found, models = Read(), self._free.pop() if self._free else torch.empty(shape, dtype=group.dtype)
-            base, deltas = models[0], models[1:]
+            found, models = Read(), self._free.pop() if self._free else torch.empty(size, dtype=group.dtype)
+            stack = models[:size].view(shape)
+            base, deltas = stack[0], stack[1:]
             square = sum(self._subtract(group, unit, base, deltas, *run) for run in self._runs(unit, group))
             self._prove(found, group, unit, base, deltas, square)
             result = function(unit, base, deltas)
@@ -138,38 +144,29 @@ class DeltaReader:
 
     def _runs(self, unit: Unit, group: Group) -> list[tuple[int, int]]:
         """(first, count) of the rows of a unit, as it is stored, that are read at a time."""
-        rows, columns = (group.n, group.m) if group.transposed else (group.m * group.n, 1)
-        sources = (self._base, unit.name), *zip(self._experts, unit.sources, strict=True)
-        parts = self._pool is not None and all(checkpoint.in_order(name) for checkpoint, name in sources)
-        step = max(1, RUN_ELEMENTS // columns) if parts else max(1, rows)
+        rows, columns = group.m * group.n // _columns(group), _columns(group)
+        parts = self._pool is not None and all(model.in_order(name) for model, name in self._sources(unit))
+        step = max(1, self._run // columns) if parts else max(1, rows)
         return [(first, min(step, rows - first)) for first in range(0, rows, step)]
 
     def _subtract(self, group: Group, unit: Unit, base: Tensor, deltas: Tensor, first: int, count: int) -> float:
         """Fills rows of the base [m, n] and of the deltas [T, m, n], or of their reduction; returns ||sum||²."""
-        rows, reduced = slice(first, first + count), group.reduction != "none"
-        values, targets = _rows(base, group)[rows], [_rows(delta, group)[rows] for delta in deltas]
-        values.copy_(self._read(self._base, unit.name, unit, group, first, count))
-        other = torch.empty_like(values)  # the sum beside the deltas, or the next delta beside their sum
-        total = targets[0] if reduced else other
-        for t in range(len(self._experts)):
-            target = other if reduced and t else targets[t]
-            self._difference(t, group, unit, values, target, first, count)
-            if t:
-                total += target
-            elif not reduced:
-                total.copy_(target)
-        square = frobenius(total) ** 2
-        if group.reduction == "mean":
-            total /= len(self._experts)
-        return square
-
-    def _difference(
-        self, t: int, group: Group, unit: Unit, values: Tensor, target: Tensor, first: int = 0, count: int | None = None
-    ) -> None:
-        """weight_t * (expert_t - base) of rows, as they are stored, into `target`."""
-        target.copy_(self._read(self._experts[t], unit.sources[t], unit, group, first, count)).sub_(values)
-        if self._weights[t] != 1.0:
-            target.mul_(self._weights[t])
+        rows = slice(first, first + count)
+        # Runs of all models may be in memory at once, so whole tensors are taken one by one.
+        short = self._pool is not None and count * _columns(group) <= self._run
+        models = (
+            self._read(model, name, unit, group, first, count, buffer=index if short else None)
+            for index, (model, name) in enumerate(self._sources(unit))
+        )
+        return ops.subtract(
+            next(models),
+            models,
+            self._weights,
+            base_out=_rows(base, group)[rows],
+            out=_rows(deltas, group)[:, rows],
+            reduction=group.reduction,
+            backend="auto" if short else "eager",
+        )
 
     def _prove(self, found: Read, group: Group, unit: Unit, base: Tensor, deltas: Tensor, square: float) -> None:
         """Notes what a unit took; `square` is ||sum of the deltas||² as it was computed. If that is finite so are all
@@ -180,18 +177,23 @@ class DeltaReader:
         if not math.isfinite(square):
             nonfinite.check_base(base, self._base, unit.name)
             for t, (expert, name) in enumerate(sources):
-                delta = self._empty(group) if reduced else deltas[t]
-                if reduced:
-                    self._difference(t, group, unit, _rows(base, group), _rows(delta, group))
+                delta = self._delta(t, group, unit, base) if reduced else deltas[t]
                 raw = partial(self._read, expert, name, unit, group)
                 if count := nonfinite.zero(delta, raw, expert, name, allowed=self._allow_nonfinite):
                     found.nonfinite[t, unit.name] = count
                 if reduced:
                     deltas[0] = delta if t == 0 else deltas[0].add_(delta)
-            square = frobenius(deltas.sum(0)) ** 2
+            square = ops.frobenius(deltas.sum(0)) ** 2
             if group.reduction == "mean":
                 deltas /= len(self._experts)
         found.sum_squares.append(square)
+
+    def _delta(self, t: int, group: Group, unit: Unit, base: Tensor) -> Tensor:
+        """weight_t * (expert_t - base) [m, n] of one expert and a base that is in memory."""
+        delta = self._empty(group)
+        values = self._read(self._experts[t], unit.sources[t], unit, group)
+        _rows(delta, group).copy_(values).sub_(_rows(base, group))
+        return delta.mul_(self._weights[t])
 
     def _each(self, calls: Sequence[Callable[[], Result]]) -> list[Result]:
         """The results of the calls in order, side by side on the CPU; the first exception is raised here."""
@@ -224,21 +226,56 @@ class DeltaReader:
             )
 
     def _read(
-        self, checkpoint: Checkpoint, name: str, unit: Unit, group: Group, first: int = 0, count: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        unit: Unit,
+        group: Group,
+        first: int = 0,
+        count: int | None = None,
+        buffer: int | None = None,
     ) -> Tensor:
-        """Rows of a unit as they are stored, [rows, columns], in the checkpoint's dtype; all by default."""
-        columns = group.m if group.transposed else 1
+        """Rows of a unit as they are stored, [rows, columns], in the checkpoint's dtype; all by default.
+
+        In memory of their own, or in this thread's `buffer` of that number, until the next are read to it.
+        """
+        columns = _columns(group)
         length = unit.count if count is None else count * columns
-        values = checkpoint.read(name, unit.start + first * columns, length)
+        out = None if buffer is None else self._buffer(buffer, length, checkpoint.tensors[name].dtype)
+        values = checkpoint.read(name, unit.start + first * columns, length, out=out)
         return self._place.up(values).view(-1, columns)
+
+    def _buffer(self, index: int, length: int, dtype: torch.dtype) -> Tensor:
+        """Memory that this thread uses again and again: fresh pages would cost more than the copy to them."""
+        buffers, nbytes = self._buffers.runs, length * dtype.itemsize
+        if index not in buffers or len(buffers[index]) < nbytes:
+            buffers[index] = torch.empty(nbytes, dtype=torch.uint8)
+        return buffers[index][:nbytes].view(dtype)
+
+    def _sources(self, unit: Unit) -> Iterator[tuple[Checkpoint, str]]:
+        """Each model and the unit's name in it, the base first."""
+        yield self._base, unit.name
+        yield from zip(self._experts, unit.sources, strict=True)
 
     def _empty(self, group: Group) -> Tensor:
         return torch.empty(group.m, group.n, dtype=group.dtype, device=self._place.device)
 
 
+class _Buffers(threading.local):
+    """Memory of each thread, by number."""
+
+    def __init__(self) -> None:
+        self.runs: dict[int, Tensor] = {}
+
+
+def _columns(group: Group) -> int:
+    """Elements of a row of a unit as a checkpoint stores it: m, or 1 where any run of elements is rows."""
+    return group.m if group.transposed else 1
+
+
 def _rows(values: Tensor, group: Group) -> Tensor:
-    """[m, n] -> the same memory in the order in which a checkpoint stores it: [n, m], or every element a row."""
-    return values.mT if group.transposed else values.view(-1, 1)
+    """[..., m, n] -> the same memory in the order in which a checkpoint stores it: [..., rows, columns]."""
+    return values.mT if group.transposed else values.view(*values.shape[:-2], -1, 1)
 
 
 def _nbytes(checkpoint: Checkpoint, name: str, unit: Unit) -> int:

@@ -7,7 +7,6 @@ of any shape, taken as a 1 x count matrix. A *group* is units of one shape whose
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -18,6 +17,7 @@ from torch import Tensor
 GROUP_BYTES = 64 * 2**20  # of the deltas of small units that are computed together
 STREAM_BYTES = 512 * 2**20  # of those that are not held: the threads that stream them wait for one another at the end
 PIECE_ELEMENTS = 2**19  # of a tensor that is merged in pieces: 2 MiB in float32, five arrays of which a cache holds
+RUNS_ELEMENTS = 2**22  # of raw runs, of all models together, that a thread holds at a time: 16 MiB where it is float32
 _ALIGN = 64  # bytes: every unit starts on a cache line, so BLAS takes the same path wherever in a stack it stands
 
 Result = TypeVar("Result")
@@ -106,12 +106,6 @@ def pieces(count: int) -> Iterator[tuple[int, int]]:
     """(start, count) of the pieces in which a tensor of `count` elements is merged."""
     for start in range(0, count, PIECE_ELEMENTS):
         yield start, min(PIECE_ELEMENTS, count - start)
-
-
-def frobenius(values: Tensor) -> float:
-    """Frobenius norm, 0 of zeros alone; summed in float64 where the squares leave the range of their own dtype."""
-    norm = float(torch.linalg.vector_norm(values))
-    return norm if norm and math.isfinite(norm) else float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
 def moment_bytes(size: int, tokens: int, n: int) -> int:

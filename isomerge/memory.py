@@ -27,6 +27,14 @@ def peak_rss() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
 
 
+def ask_for_huge_pages() -> None:
+    """Has torch ask the system for pages of 2 MiB, unless the environment says otherwise: before its first large array.
+
+    Fresh pages of 4 KiB are a quarter of the time of TIES on matrices of 2048 x 8192.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
 def give_back(above: float) -> None:
     """Gives the system what was freed and malloc still holds, if the process has more than `above` bytes resident.
 

@@ -16,6 +16,7 @@ energy. The default is `RANK_RTOL`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,12 +32,16 @@ __all__ = [
     "Polar",
     "PolarProduct",
     "delta_sum",
+    "elect",
     "finalize",
+    "frobenius",
+    "kth_largest",
     "matmul",
     "polar",
     "polar_product",
     "rsvd",
     "subspace",
+    "subtract",
 ]
 
 RANK_RTOL = 8 * torch.finfo(torch.float32).eps
@@ -46,6 +51,7 @@ low-rank updates, and of 2.2 eps * sigma_1 when a LoRA was merged into float32 w
 max(m, n) eps, as for matrices of unknown origin, would cut it off and move Iso-C by 5 %."""
 
 PRECISIONS = ("fast", "default", "exact")
+REDUCTIONS = ("none", "sum", "mean")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -370,6 +376,100 @@ def finalize(
         return base.new_empty(base.shape, dtype=out_dtype)
     merged: Tensor = resolve("finalize", backend, base)(base, update, scale=factors, out_dtype=out_dtype)
     return merged
+
+
+def subtract(
+    base: Tensor,
+    tuned: Iterable[Tensor],
+    weights: Sequence[float],
+    *,
+    base_out: Tensor,
+    out: Tensor,
+    reduction: str = "none",
+    backend: str = "auto",
+) -> float:
+    """Fills out[t] with Δ_t = weights[t] (tuned_t - base), or out[0] with Σ_t Δ_t or its mean; returns ||Σ_t Δ_t||_F².
+
+    base and every tensor of `tuned`, one for each weight: one shape [...] in any floating dtypes; base_out [...] and
+    out [T, ...], for `reduction` "sum" or "mean" [1, ...], in one of float32 and float64, are overwritten, base_out
+    with the base. Each delta is rounded once, then its multiple by the weight, then each sum in the order t = 0, 1, ..,
+    all in that dtype; every backend but the reference gives the same bits. `tuned` may make its tensors one by one:
+    eager holds one at a time.
+    A NaN or an infinity in any input, or by overflow, makes the result non-finite: one look at it is the check of all
+    inputs. Cost: memory traffic alone, each tensor once.
+    Raises ValueError for shapes, dtypes or devices that do not match and for another number of tensors than weights.
+    """
+    stacked = 1 if reduction != "none" else len(weights)
+    if reduction not in REDUCTIONS or not weights:
+        raise ValueError(f"subtract: expected weights and a reduction of {REDUCTIONS}, got {weights} and {reduction!r}")
+    if base_out.dtype not in (torch.float32, torch.float64) or out.dtype != base_out.dtype:
+        raise ValueError(f"subtract: base_out and out must be float32 or float64, got {base_out.dtype}, {out.dtype}")
+    if base_out.shape != base.shape or out.shape != (stacked, *base.shape) or base_out.device != out.device:
+        raise ValueError(
+            f"subtract: for a base {tuple(base.shape)} expected base_out as large and out {(stacked, *base.shape)} on "
+            f"one device, got {tuple(base_out.shape)} on {base_out.device} and {tuple(out.shape)} on {out.device}"
+        )
+
+    def checked(models: Iterable[Tensor], count: int) -> Iterator[Tensor]:
+        given = 0
+        for given, values in enumerate(models, 1):
+            if given > count:
+                break
+            if values.shape != base.shape or values.device != out.device or values.dtype not in DTYPES:
+                raise ValueError(
+                    f"subtract: expected floating tensors {tuple(base.shape)} on {out.device}, got "
+                    f"{tuple(values.shape)} in {values.dtype} on {values.device}"
+                )
+            yield values
+        if given != count:
+            found = f"{given}" if given < count else "more"
+            raise ValueError(f"subtract: expected {count} tensors, one for each weight, got {found}")
+
+    function = resolve("subtract", backend, out)
+    (stored,), tasks = checked([base], 1), checked(tuned, len(weights))
+    square: float = function(stored, tasks, weights=weights, reduction=reduction, base_out=base_out, out=out)
+    return square
+
+
+def frobenius(A: Tensor, *, backend: str = "auto") -> float:
+    """sqrt(Σ A_ij²) over all entries of A [...]; of float32 and narrower types it neither overflows nor underflows."""
+    if A.dtype not in DTYPES:
+        raise ValueError(f"frobenius: expected float16, bfloat16, float32 or float64, got {A.dtype}")
+    norm: float = resolve("frobenius", backend, A)(A)
+    return norm
+
+
+def kth_largest(values: Tensor, k: int, *, backend: str = "auto") -> Tensor:
+    """The k-th largest magnitude of the elements of values [n], none of them NaN: a scalar, exact, of their dtype.
+
+    Cost: two passes over the values. Raises ValueError unless values are 1-D and 1 <= k <= n.
+    """
+    if values.dim() != 1 or values.dtype not in DTYPES or not 1 <= k <= values.numel():
+        raise ValueError(
+            f"kth_largest: expected floating values [n] and 1 <= k <= n, got {tuple(values.shape)} in {values.dtype} "
+            f"and {k}"
+        )
+    kth: Tensor = resolve("kth_largest", backend, values)(values, k)
+    return kth
+
+
+def elect(deltas: Tensor, thresholds: Tensor, *, backend: str = "auto") -> Tensor:
+    """Mean over the tasks that agree with the elected sign [n], of deltas [T, n] less entries below thresholds [T].
+
+    An entry counts if |deltas[t, i]| >= thresholds[t], and the sign of column i is that of the sum of its entries, the
+    sums of positive and of negative ones formed in the order t = 0, 1, ..; where they cancel, it is the sign of the sum
+    of all columns' signs. The mean is over entries of that sign that are not zero; 0 where there is none.
+    Yadav et al. 2023, "TIES-Merging", algorithm 1, steps 2 and 3. Cost: one pass and a part of another.
+    Raises ValueError for shapes that do not match, no task, or inputs that are not floating.
+    """
+    if deltas.dim() != 2 or not len(deltas) or thresholds.shape != deltas.shape[:1] or deltas.dtype not in DTYPES:
+        raise ValueError(
+            f"elect: expected floating deltas [T, n] and thresholds [T], T >= 1, got {tuple(deltas.shape)} in "
+            f"{deltas.dtype} and {tuple(thresholds.shape)}"
+        )
+    dtype = torch.promote_types(deltas.dtype, torch.float32)
+    merged: Tensor = resolve("elect", backend, deltas)(deltas.to(dtype), thresholds.to(dtype))
+    return merged.to(dtype)
 
 
 def matmul(A: Tensor, B: Tensor, *, backend: str = "auto") -> Tensor:

@@ -26,7 +26,7 @@ from isomerge import ops
 from isomerge.assignments import Assignment
 from isomerge.checkpoint import Checkpoint, Receipt
 from isomerge.delta_reader import DeltaReader
-from isomerge.deltas import PIECE_ELEMENTS, Mapped, Stack, Unit, frobenius
+from isomerge.deltas import PIECE_ELEMENTS, Mapped, Stack, Unit
 from isomerge.errors import InputError
 from isomerge.memory import give_back, peak_rss, resident
 from isomerge.methods import METHODS
@@ -313,6 +313,8 @@ class _Run:
     def _update(self, step: Step, unit: Unit, deltas: Tensor) -> Tensor:
         """The update [m, n] of one unit, by its deltas [T, m, n]."""
         method = METHODS[step.call.method]
+        if method.elementwise and step.group.reduction != "none":
+            return deltas[0]  # such a reduction is the update; the method would copy it
         seed = {"seed": unit_seed(self._job.plan.settings.seed, unit.label)} if method.seeded else {}
         return method.function(deltas, **step.call.arguments, **seed)
 
@@ -333,7 +335,7 @@ class _Run:
     ) -> Merged:
         """base + alpha * factor * update for each output, rounded once from the arithmetic dtype; in any thread."""
         assignment, values = self._assignments[unit.name], []
-        norm = abs(factor) * frobenius(update)
+        norm = abs(factor) * ops.frobenius(update)
         for alpha in step.call.alphas:
             scale = alpha * factor
             bounded = abs(alpha) * norm <= torch.finfo(update.dtype).max

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from isomerge.deltas import GROUP_BYTES, STREAM_BYTES, Group
+from isomerge.deltas import GROUP_BYTES, RUNS_ELEMENTS, STREAM_BYTES, Group
 from isomerge.errors import InputError
 from isomerge.methods import METHODS
 
@@ -81,8 +81,9 @@ def costs(step: Step, experts: int, *, on_gpu: bool = False) -> tuple[int, int]:
     elements, moment, stored = group.m * group.n, group.moment_size**2, stored_floats(group)
     workspace, outputs = method.peak_floats(group.m, group.n, experts), len(step.call.alphas)
     if streams(step) and not on_gpu:
-        # Deltas, base, another delta and a raw tensor from a file; base + update; what is merged.
-        return 0, int(((stacked + 4 + outputs) * elements + workspace) * group.dtype.itemsize)
+        # Deltas, base, another delta and a raw tensor from a file; base + update; what is merged; runs of all models.
+        runs = min((1 + experts) * elements, RUNS_ELEMENTS)
+        return 0, int(((stacked + 4 + outputs) * elements + workspace + runs) * group.dtype.itemsize)
     # Deltas, moments and base, of this group and of the next that is being read.
     held = 2 * (stacked + 1) * elements + 2 * experts * moment
     updates = 2 * elements + workspace

@@ -307,6 +307,14 @@ def test_ranges(tmp_path, in_memory):
                 checkpoint.read("w", start, count)
         with pytest.raises(KeyError, match="'v'"):
             checkpoint.read("v")
+        out = torch.zeros(9, dtype=torch.float16)
+        assert checkpoint.read("w", 50, 9, out=out) is out
+        assert same(out, flat[50:59])
+        assert same(checkpoint.read("w", out=torch.zeros(60, dtype=torch.float16)), tensor)
+        assert checkpoint.read("e", out=torch.zeros(0)).shape == (0, 2)
+        for wrong in (out[:8], out.float(), out.view(3, 3), torch.zeros(18).half()[::2], out.to("meta")):
+            with pytest.raises(ValueError, match=r"w: out must be contiguous, 9 of torch\.float16 on the CPU, got"):
+                checkpoint.read("w", 50, 9, out=wrong)
 
 
 def test_what_is_read_is_its_own(tmp_path):

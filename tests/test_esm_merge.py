@@ -792,7 +792,7 @@ def _live_bytes(known: set[int]) -> int:
 
 
 def test_updates_that_wait_are_not_in_memory(tmp_path: Path) -> None:
-    layers, side, experts = 24, 96, 2
+    layers, side, experts = 60, 96, 2
     base = {f"layers.{i}.mlp.fc.weight": torch.randn(side, side) for i in range(layers)}
     states = [base, *(tiny.tuned(base, seed) for seed in range(experts))]
     for name, state in zip(("base", "e0", "e1"), states, strict=True):
@@ -808,7 +808,8 @@ def test_updates_that_wait_are_not_in_memory(tmp_path: Path) -> None:
     stack = (2 * experts + 1) * unit  # deltas, moments and base
     assert len(live) == 2 * layers
     assert max(live) >= stack, "nothing was seen"
-    assert max(live) <= 2 * stack + 4 * unit  # two in flight; what is computed, read, cast and written now
+    raw = torch.get_num_threads() * (1 + experts) * unit  # what each thread reads to
+    assert max(live) <= 2 * stack + 4 * unit + raw  # two in flight; what is computed, read, cast and written now
     assert layers * unit > 1.5 * max(live), "the bound says nothing if all updates fit into it"
     assert sum(record.layer_factor is not None for record in report.tensors) == layers
 

@@ -1,17 +1,21 @@
-"""setup.py builds isomerge._C without torch, for every device that is promised, or says why it does not."""
+"""setup.py builds isomerge._C and isomerge._cpu without torch, for every machine that is promised, or says why not."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+
+from isomerge.backends import native
 
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc") or next(map(str, sorted(Path("/usr/local").glob("cuda*/bin/nvcc"), reverse=True)), None)
@@ -21,10 +25,9 @@ buildable = pytest.mark.skipif(bool(ABSENT), reason=f"needs {' and '.join(ABSENT
 
 def setup(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "setup.py", *map(str, arguments)]
-    inherited = {name: value for name, value in os.environ.items() if name != "ISOMERGE_CUDA"}
-    return subprocess.run(
-        command, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True, timeout=300
-    )
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("ISOMERGE_")}
+    chosen = {**inherited, "ISOMERGE_CPU": "0", **environment}
+    return subprocess.run(command, cwd=cwd, env=chosen, capture_output=True, text=True, timeout=300)
 
 
 def python(code: str) -> str:
@@ -197,3 +200,86 @@ def test_an_unknown_choice_is_an_error() -> None:
     done = setup("--version", ISOMERGE_CUDA="yes")
     assert done.returncode != 0
     assert said(done) == ["ISOMERGE_CUDA: expected 0, 1 or auto, got 'yes'"]
+
+
+# ---- the passes on the CPU
+COMPILER = shutil.which(shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")[0])
+compilable = pytest.mark.skipif(not COMPILER or not find_spec("pybind11"), reason="needs a C++ compiler and pybind11")
+
+
+@compilable
+def test_where_there_is_a_compiler_the_passes_are_built() -> None:
+    assert native.availability() is None, "install the package: pip install -e ."
+
+
+@pytest.fixture(scope="session")
+def plainest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an isomerge._cpu for any processor of its kind."""
+    directory = tmp_path_factory.mktemp("plainest")
+    done = setup(
+        *("build_ext", "--build-temp", directory / "temp", "--build-lib", directory),
+        ISOMERGE_CUDA="0",
+        ISOMERGE_CPU="1",
+        CFLAGS="-DISOMERGE_CLONES= -Wall -Wextra",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning" not in done.stderr.replace("SetuptoolsDeprecationWarning", "").lower(), done.stderr
+    return directory / "isomerge"
+
+
+PASSES = """
+import sys, torch
+from isomerge import ops
+generator = torch.Generator().manual_seed(0)
+count = 40_007
+base, *tuned = (torch.randn(count, generator=generator).to(d) for d in (torch.float16, torch.bfloat16, torch.float32))
+out, base_out = torch.empty(2, count), torch.empty(count)
+square = ops.subtract(base, tuned, [0.7, 1.0], base_out=base_out, out=out, backend="native")
+kth = torch.stack([ops.kth_largest(delta, count // 5, backend="native") for delta in out])
+elected = ops.elect(out, kth, backend="native")
+merged = [ops.finalize(base_out[None], elected[None], 0.3, out_dtype=d, backend="native")
+          for d in (torch.float16, torch.bfloat16, torch.float32)]
+sums = torch.tensor([square, ops.frobenius(out, backend="native")], dtype=torch.float64)
+torch.save([sums, out, kth, elected, *merged], sys.argv[1])
+from isomerge import _cpu
+print(_cpu.__file__)
+"""
+
+
+@compilable
+def test_every_version_of_the_passes_gives_the_same_bits(plainest: Path, tmp_path: Path) -> None:
+    results = []
+    for index, first in enumerate(("", f"import isomerge; isomerge.__path__.insert(0, {str(plainest)!r})")):
+        (tmp_path / "passes.py").write_text(f"{first}\n{PASSES}")
+        command = [sys.executable, str(tmp_path / "passes.py"), str(tmp_path / f"{index}.pt")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(str(plainest)) is bool(first)
+        results.append(torch.load(tmp_path / f"{index}.pt"))
+    for mine, plain in zip(*results, strict=True):
+        assert torch.equal(mine, plain)
+
+
+@pytest.mark.parametrize("choice", ["auto", "1"])
+def test_without_a_compiler_the_reason_is_given(tmp_path: Path, choice: str) -> None:
+    environment = {"ISOMERGE_CUDA": "0", "ISOMERGE_CPU": choice, "CXX": "/nowhere/g++"}
+    done = setup("build_ext", "--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib", **environment)
+    reason = "no C++ compiler: /nowhere/g++ not found; install one, or set CXX"
+    assert (done.returncode == 0) is (choice == "auto")
+    assert said(done) == [
+        f"isomerge: without passes in C++ (isomerge._cpu): {reason}"
+        if choice == "auto"
+        else f"ISOMERGE_CPU=1, but isomerge._cpu cannot be built: {reason}"
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("choice", ["auto", "1"])
+def test_a_compiler_that_fails_ends_what_was_demanded_alone(tmp_path: Path, choice: str) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    environment = {"ISOMERGE_CUDA": "0", "ISOMERGE_CPU": choice, "CXX": str(compiler), "CC": str(compiler)}
+    done = setup("build_ext", "--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib", **environment)
+    assert (done.returncode == 0) is (choice == "auto")
+    assert not list(tmp_path.rglob("*.so"))

@@ -19,7 +19,7 @@ from gpu_measure import Candidate, Case, Clock, Problem, rows_of
 from gpu_setting import Setting
 from spectra import matrix
 
-from isomerge.backends import OPS, eager
+from isomerge.backends import BACKENDS, eager, refusal
 
 CPU = torch.device("cpu")
 SCRIPT = Path(gpu.__file__)
@@ -48,8 +48,9 @@ def test_the_script_writes_both_tables(tmp_path: Path) -> None:
     assert {"device", "torch", "commit", "processor"} <= set(data["machine"])
     assert list(data["sections"]) == ["ceilings", "ops"]
     rows = data["sections"]["ops"]["rows"]
-    assert {row["case"] for row in rows} == set(OPS)
-    assert {row["who"] for row in rows} == {"torch", "eager", "reference"}
+    assert {row["case"] for row in rows} == set(BACKENDS["triton"].ops)
+    built = {"native"} if refusal("finalize", "native", torch.device("cpu")) is None else set()
+    assert {row["who"] for row in rows} == {"torch", "eager", "reference", *built}
     for row in rows:
         assert "failure" not in row, row
         assert row["least"] <= row["seconds"] <= row["most"]
@@ -250,7 +251,7 @@ def test_sizes_and_counts_of_the_models() -> None:
 
 
 # ---- the helpers of tests/test_gpu.py, which themselves run on a GPU alone
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", BACKENDS["triton"].ops)
 def test_the_gpu_tests_accept_the_eager_backend_and_refuse_a_thousandth_more(op: str) -> None:
     for dtype in test_gpu.DTYPES:
         A = matrix("decay", 65, 37).to(dtype)

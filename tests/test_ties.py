@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 
+from isomerge.backends import election
+from isomerge.backends.election import kth_largest
 from isomerge.methods import ties
-from isomerge.methods.selection import kth_largest
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -41,7 +40,7 @@ def whole_numbers(*shape: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("density", [0.05, 0.5, 1.0])
 @pytest.mark.parametrize("seed", range(4))
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, block: int, density: float, seed: int) -> None:
-    monkeypatch.setattr(sys.modules["isomerge.methods.ties"], "BLOCK", block)
+    monkeypatch.setattr(election, "BLOCK", block)
     deltas = whole_numbers(2, 3, 12, 10, seed=seed)
     merged = ties(deltas, density=density)
     exact = torch.stack([by_definition(unit, density) for unit in deltas])
@@ -52,8 +51,8 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, block: int, dens
 @pytest.mark.parametrize("block", [5, 2**18])
 @pytest.mark.parametrize("digit", [2, 8, 16])
 def test_kth_largest(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block: int, digit: int) -> None:
-    monkeypatch.setattr("isomerge.methods.selection.BLOCK", block)
-    monkeypatch.setattr("isomerge.methods.selection.DIGIT", digit)
+    monkeypatch.setattr("isomerge.backends.election.COUNTED", block)
+    monkeypatch.setattr("isomerge.backends.election.DIGIT", digit)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(200, generator=generator, dtype=torch.float64)
     hostile = torch.tensor([0.0, -0.0, 1e-7, -1e-7, 6e4, -6e4, float("inf"), 1.0, 1.0, -1.0])

@@ -26,8 +26,14 @@ OPS = (
     "delta_sum",
     "finalize",
     "matmul",
+    "subtract",
+    "frobenius",
+    "kth_largest",
+    "elect",
 )
 """Every op of `isomerge.ops` that is dispatched."""
+
+_PASSES = ("subtract", "frobenius", "kth_largest", "elect")  # for which a GPU has no kernels but torch's own
 
 
 class Backend(NamedTuple):
@@ -44,9 +50,15 @@ class Backend(NamedTuple):
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {  # in the order in which `auto` asks
-        "triton": Backend("isomerge.backends.triton", OPS, devices=("cuda",), automatic=True),
+        "triton": Backend(
+            "isomerge.backends.triton",
+            tuple(op for op in OPS if op not in _PASSES),
+            devices=("cuda",),
+            automatic=True,
+        ),
         # Chosen by name alone, until a measurement on a device puts it before triton.
         "cuda": Backend("isomerge.backends.cuda", ("shift_cov", "project_scale"), devices=("cuda",), automatic=False),
+        "native": Backend("isomerge.backends.native", ("finalize", *_PASSES), devices=("cpu",), automatic=True),
         "eager": Backend("isomerge.backends.eager", OPS, devices=None, automatic=True),
         "reference": Backend("isomerge.backends.reference", OPS, devices=None, automatic=False),
     }

@@ -12,6 +12,8 @@ measured condition number over the numerical rank exceeds about 1e5 in most dire
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,9 +34,27 @@ from isomerge.backends.eigen import (
     times,
     unresolved,
 )
+from isomerge.backends.election import elect, kth_largest
 from isomerge.backends.iterations import block_krylov, eigh
 from isomerge.backends.partial_eigen import leading_eigenvectors
 from isomerge.backends.side_by_side import matrices, side_by_side
+
+__all__ = [  # the names of `BACKENDS`, two of which are functions of another module
+    "delta_sum",
+    "elect",
+    "finalize",
+    "frobenius",
+    "kth_largest",
+    "matmul",
+    "polar",
+    "polar_product",
+    "principal",
+    "project_scale",
+    "rsvd",
+    "shift_cov",
+    "subspace",
+    "subtract",
+]
 
 TOKENS = 512
 """Tokens per Gram product: float32 sums of 2048 bfloat16 squares are off by 3e-6, of 512 by less than 1e-6."""
@@ -181,6 +201,35 @@ def finalize(base: Tensor, update: Tensor, *, scale: Tensor, out_dtype: torch.dt
     """The product, rounded; the base added in place."""
     dtype = torch.promote_types(torch.promote_types(base.dtype, update.dtype), torch.float32)
     return (update * scale.to(dtype)[..., None, None]).add_(base).to(out_dtype)
+
+
+def subtract(
+    base: Tensor, tuned: Iterable[Tensor], *, weights: Sequence[float], reduction: str, base_out: Tensor, out: Tensor
+) -> float:
+    """One task after the other, each tensor of `tuned` taken when its turn comes."""
+    reduced = reduction != "none"
+    base_out.copy_(base)
+    other = torch.empty_like(base_out)  # the sum beside the deltas, or the next delta beside their sum
+    total = out[0] if reduced else other
+    for t, (values, weight) in enumerate(zip(tuned, weights, strict=True)):
+        target = other if reduced and t else out[0 if reduced else t]
+        target.copy_(values).sub_(base_out)
+        if weight != 1.0:
+            target.mul_(weight)
+        if t:
+            total += target
+        elif not reduced:
+            total.copy_(target)
+    square = frobenius(total) ** 2
+    if reduction == "mean":
+        total /= len(weights)
+    return square
+
+
+def frobenius(A: Tensor) -> float:
+    """Summed in float64 only where the squares leave the range of A's own dtype."""
+    norm = float(torch.linalg.vector_norm(A, dtype=torch.promote_types(A.dtype, torch.float32)))
+    return norm if norm and math.isfinite(norm) else float(torch.linalg.vector_norm(A, dtype=torch.float64))
 
 
 def matmul(A: Tensor, B: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ Results are float64 here and at least float32 in the fast backends; `ops` casts 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -62,6 +64,36 @@ def delta_sum(tuned: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def finalize(base: Tensor, update: Tensor, *, scale: Tensor, out_dtype: torch.dtype) -> Tensor:
     """base + scale * update [..., m, n], with one scale [...] per matrix."""
     return (base.double() + scale.double()[..., None, None] * update.double()).to(out_dtype)
+
+
+def subtract(
+    base: Tensor, tuned: Iterable[Tensor], *, weights: Sequence[float], reduction: str, base_out: Tensor, out: Tensor
+) -> float:
+    """Δ_t = weights_t (tuned_t - base) to out [T, ..], or Σ_t Δ_t or its mean to out [1, ..]; ||Σ_t Δ_t||²."""
+    base_out.copy_(base)
+    deltas = torch.stack([w * (t.double() - base.double()) for t, w in zip(tuned, weights, strict=True)])
+    total = deltas.sum(0, keepdim=True)
+    out.copy_({"none": deltas, "sum": total, "mean": total / len(deltas)}[reduction])
+    return float(total.square().sum())
+
+
+def frobenius(A: Tensor) -> float:
+    """sqrt(Σ A_ij²) over all entries."""
+    return float(torch.linalg.vector_norm(A.double()))
+
+
+def kth_largest(values: Tensor, k: int) -> Tensor:
+    """The k-th entry of |values| [n] in descending order."""
+    return values.abs().sort(descending=True).values[k - 1]
+
+
+def elect(deltas: Tensor, thresholds: Tensor) -> Tensor:
+    """[T, n] -> [n]: the mean of the kept entries of a column that have the sign of their sum, or of the majority."""
+    kept = torch.where(deltas.abs() >= thresholds[:, None], deltas.double(), 0.0)
+    signs = kept.sum(0).sign()
+    signs = torch.where(signs == 0, signs.sum().sign(), signs)
+    agreeing = torch.where(kept * signs > 0, kept, 0.0)
+    return agreeing.sum(0) / (agreeing != 0).sum(0).clamp_min(1)
 
 
 def rsvd(

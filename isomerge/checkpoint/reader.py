@@ -54,19 +54,26 @@ class Checkpoint(ABC):
     modified: Mapping[str, str]
     digest: str
 
-    def read(self, name: str, start: int = 0, count: int | None = None) -> Tensor:
+    def read(self, name: str, start: int = 0, count: int | None = None, *, out: Tensor | None = None) -> Tensor:
         """A tensor in its own shape and dtype, or `count` consecutive elements from flat index `start`, 1-D.
 
-        The result is on the CPU, contiguous, in memory of its own. An alias reads the tensor it is tied to.
-        Raises KeyError for an unknown name, ValueError for a range outside the tensor, and InputError if the file
-        is no longer the one that was opened.
+        The result is on the CPU, contiguous, in memory of its own, or in `out`: 1-D, contiguous, as long as what is
+        read and of its dtype. An alias reads the tensor it is tied to.
+        Raises KeyError for an unknown name, ValueError for a range outside the tensor or an `out` that does not fit,
+        and InputError if the file is no longer the one that was opened.
         """
         try:
             info = self.tensors[self.aliases.get(name, name)]
         except KeyError:
             raise KeyError(f"{self.label}: no tensor {name!r}") from None
         length = flat_range(info.numel, start, count)
-        out = torch.empty(length, dtype=info.dtype, device="cpu")
+        if out is None:
+            out = torch.empty(length, dtype=info.dtype, device="cpu")
+        elif out.shape != (length,) or out.dtype != info.dtype or out.device.type != "cpu" or not out.is_contiguous():
+            raise ValueError(
+                f"{name}: out must be contiguous, {length} of {info.dtype} on the CPU, got {tuple(out.shape)} of "
+                f"{out.dtype} on {out.device}"
+            )
         self._fill(info, start, out)
         return out.reshape(info.shape) if start == 0 and count is None else out
 

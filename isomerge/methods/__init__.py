@@ -62,7 +62,8 @@ class Method:
     flops: Callable[[int, int, int], float]  # (m, n, T) -> floating-point operations per matrix
     peak_floats: Callable[[int, int, int], float]  # (m, n, T) -> float32 working memory per matrix, beside the deltas
     task_floats: Callable[[int, int], float] = lambda m, n: 0.0  # (m, n) -> of each further task at the same time
-    reduction: str = "none"  # "sum", "mean": gives the same for this reduction of the deltas over T as for them
+    reduction: str = "none"  # "sum", "mean": for this reduction of the deltas over T gives the same as for them, and
+    # where it is elementwise, the reduction itself
     moments: bool = False  # called with (deltas, moments): needs a statistics file of every expert
     presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # name -> parameters; first is default
 
@@ -128,9 +129,13 @@ def _esm_floats(m: int, n: int, T: int) -> float:
     return _spectral_floats(m, n, T) + 12.0 * m * m + 4.0 * side * side  # concatenated bases, moments in float64
 
 
-# Of DARE: 3.7 and 9.8 floats where an array has more than 32 MB, 6.7 and 16 where malloc keeps what was freed.
+# Of DARE with one task: 3.7 floats where an array has more than 32 MB, 6.7 where malloc keeps what was freed.
 def _elementwise_floats(per_element: float) -> Callable[[int, int, int], float]:
     return lambda m, n, T: per_element * m * n
+
+
+def _dare_ties_floats(m: int, n: int, T: int) -> float:
+    return (T + 8.0) * m * n
 
 
 DENSITY = "share of the entries that is kept"
@@ -159,7 +164,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method(
                 "dare_ties", dare_ties, "DARE, TIES", "Yu et al. 2024, arXiv 2311.03099",
                 (Parameter("density", float, 0.2, 1e-6, 1.0, f"{DENSITY}, at random"),),
-                True, False, True, _elementwise_flops(12), _elementwise_floats(16),
+                True, False, True, _elementwise_flops(12), _dare_ties_floats,
             ),
             Method(
                 "tsvm", tsvm, "TSV-Merge", "Gargiulo et al. 2025, arXiv 2412.00081", (),

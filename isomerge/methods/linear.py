@@ -19,7 +19,8 @@ def total(deltas: Tensor) -> Tensor:
 
 def average(deltas: Tensor) -> Tensor:
     """(1/T) Σ_t Δ_t for deltas [..., T, m, n]: the weight average, or model soup (Wortsman et al. 2022)."""
-    return total(deltas) / deltas.shape[-3]
+    count = deltas.shape[-3]
+    return total(deltas).clone() if count == 1 else total(deltas).div_(count)
 
 
 def task_arithmetic(deltas: Tensor) -> Tensor:
