@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from isomerge.capture.masks import Masks
 from isomerge.capture.moments import Moments
-from isomerge.capture.sites import Site, find_sites, match_names, match_values, matrix_sites, runs_as_torch
+from isomerge.capture.sites import (
+    Site,
+    find_sites,
+    match_names,
+    match_values,
+    matrix_sites,
+    out_proj_is_called,
+    runs_as_torch,
+)
 from isomerge.checkpoint import Checkpoint, from_state_dict, open_checkpoint
 from isomerge.errors import InputError
 from isomerge.families import recognise
@@ -24,9 +30,6 @@ from isomerge.statistics import Layer, as_moment, fingerprint, sample_values, wr
 
 Weights = str | Path | Checkpoint | Mapping[str, Tensor]
 
-# Layers of a decoder that read what the encoder gave: T5, BART and the BERT family
-_CROSS = re.compile(r"(EncDecAttention\.[kv]|encoder_attn\.[kv]_proj|crossattention\.self\.(key|value))\.weight$")
-_DECODER = re.compile(r"(^|\.)decoder\.")
 _SHOWN = 3  # names in a warning
 
 
@@ -197,13 +200,10 @@ class _Run:
         self.base_names = {} if base is None else self._names_in_base(base)
         self.moments = Moments(dtype, self._delta, lambda name: self.by_name[name].m)
         self.dropped: dict[str, str] = {}
-        self._masks: dict[str, _Mask | None] = {}
-        attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
-        self._sequence_first = any(not m.batch_first for m in attentions)
+        self._masks = Masks(model, self.names)
         parameters = list(model.parameters())
         devices = {p.device for p in parameters}
         self._device = devices.pop() if len(devices) == 1 else None
-        self._signature = inspect.signature(model.forward)
 
     def _keep(self, names: Iterable[str]) -> None:
         """Only the layers whose name in the module or the checkpoint matches a pattern."""
@@ -246,7 +246,7 @@ class _Run:
                     stack.callback(site.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
                 for module in self.model.modules():
                     if isinstance(module, nn.MultiheadAttention) and runs_as_torch(module):
-                        stack.enter_context(_out_proj_is_called(module))
+                        stack.enter_context(out_proj_is_called(module))
                 torch.backends.mha.set_fastpath_enabled(False)  # it would bypass the modules inside an encoder layer
                 self.model.eval()
                 # Not inference mode, even inside one: its tensors do not tell whether they were changed in place.
@@ -263,7 +263,7 @@ class _Run:
         if self._device is not None:
             arguments = tuple(_to(value, self._device) for value in arguments)
             keywords = {name: _to(value, self._device) for name, value in keywords.items()}
-        self._masks = self._masks_of(arguments, keywords)
+        self._masks.take(arguments, keywords)
         call(*arguments, **keywords)
         self.moments.end_of_batch()
         first = next((v for v in (*arguments, *keywords.values()) if isinstance(v, Tensor) and v.dim() > 0), None)
@@ -293,29 +293,8 @@ class _Run:
 
     def _add(self, site: Site, X: Tensor) -> None:
         space = "output" if self.base is not None and site.m < site.n else "input"
-        rule = "encoder"
-        if _DECODER.search(site.name) and "decoder" in self._masks and not _CROSS.search(site.name):
-            rule = "decoder"
-        mask = self._masks.get(rule)
-        sequence_first = self._sequence_first
-        if isinstance(site.module, nn.MultiheadAttention):
-            sequence_first = not site.module.batch_first
-        rows = None if mask is None else mask.rows(X, sequence_first)
+        rule, rows = self._masks.rows(site.name, site.module, X)
         self.moments.add(site.name, X, rows, space=space, rule=rule)
-
-    def _masks_of(self, arguments: tuple[object, ...], keywords: Mapping[str, object]) -> dict[str, _Mask | None]:
-        """The batch's mask for the encoder or the only stack, and for a decoder that has inputs of its own."""
-        given = dict(keywords)
-        if arguments:
-            try:
-                given = dict(self._signature.bind_partial(*arguments, **keywords).arguments)
-            except TypeError:  # arguments of another callable
-                given = dict(keywords)
-        masks = {"encoder": _Mask.of(given.get("attention_mask"))}
-        own = any(given.get(key) is not None for key in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
-        if own and any(_DECODER.search(name) for name in self.names):
-            masks["decoder"] = _Mask.of(given.get("decoder_attention_mask"))
-        return masks
 
     def _delta(self, name: str) -> Tensor:
         """Δ [m, n] of a layer, in float32 or wider: read and subtracted anew for every batch, never kept."""
@@ -362,76 +341,6 @@ class _Run:
             base = fingerprint(self.base, shifts)
         order = {name: layers[name] for name in sorted(layers)}
         return Captured(stored, order, samples, fingerprint(self.weights, layers), base, warnings)
-
-
-@contextmanager
-def _out_proj_is_called(attention: nn.MultiheadAttention) -> Iterator[None]:
-    """Makes an attention call its out_proj as a module, on the same input as the product that it hides in a function.
-
-    The attention runs with the identity in the place of out_proj, and out_proj on its result.
-    """
-    original = cast(Callable[..., tuple[Tensor, object]], attention.forward)
-    shadowed = "forward" in attention.__dict__
-    stands_in: list[nn.Linear] = []
-
-    def forward(*arguments: object, **keywords: object) -> object:
-        real = attention.out_proj
-        if not stands_in:
-            width, like = real.out_features, real.weight
-            # skip_init: drawing initial weights would move the caller's random state
-            identity = nn.utils.skip_init(nn.Linear, width, width, device=like.device, dtype=like.dtype)
-            identity.requires_grad_(False)
-            nn.init.eye_(identity.weight)
-            nn.init.zeros_(identity.bias)
-            stands_in.append(identity)
-        attention._modules["out_proj"] = stands_in[0]
-        try:
-            result, weights = original(*arguments, **keywords)
-        finally:
-            attention._modules["out_proj"] = real
-        return real(result), weights
-
-    attention.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if shadowed:
-            attention.__dict__["forward"] = original
-        else:
-            del attention.__dict__["forward"]
-
-
-@dataclass(slots=True)
-class _Mask:
-    """A mask [batch, sequence] by the flat indices of what it keeps, batch first."""
-
-    shape: tuple[int, int]
-    kept: Tensor
-
-    @classmethod
-    def of(cls, mask: object) -> _Mask | None:
-        """None for what is no 2-D mask, and for a mask that keeps everything."""
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
-            return None
-        return cls((mask.shape[0], mask.shape[1]), mask.flatten().nonzero()[:, 0])
-
-    def rows(self, X: Tensor, sequence_first: bool) -> Tensor | None:
-        """Which rows of X, flattened to [-1, n], count; None, all of them, where X has not the shape of the mask."""
-        batch, sequence = self.shape
-        if X.dim() == 2:
-            if len(X) != batch * sequence:
-                return None
-        else:
-            leading = tuple(X.shape[:2])
-            if leading not in (self.shape, self.shape[::-1]):
-                return None
-            if batch != sequence:
-                sequence_first = leading != self.shape
-        kept = self.kept.to(X.device)
-        if sequence_first:
-            kept = (kept % sequence * batch + kept // sequence).sort().values
-        inner = X[..., 0].numel() // (batch * sequence)
-        return kept if inner == 1 else (kept[:, None] * inner + torch.arange(inner, device=X.device)).flatten()
 
 
 def _arguments(batch: object) -> tuple[tuple[object, ...], dict[str, object]]:

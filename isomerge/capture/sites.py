@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from isomerge.checkpoint import Checkpoint, from_state_dict
 from isomerge.families import Family, Shapes, classify, recognise
@@ -41,7 +42,7 @@ def find_sites(model: nn.Module) -> Sites:
     Names are those of the state dict; a parameter with several names goes by the first, and counts the calls of every
     module that holds it.
     """
-    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
+    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     family = recognise({name: tuple(value.shape) for name, value in state.items()})
     found = Sites()
     names: dict[int, str] = {}
@@ -113,6 +114,43 @@ def runs_as_torch(attention: nn.MultiheadAttention) -> bool:
     return type(attention).forward is nn.MultiheadAttention.forward
 
 
+@contextmanager
+def out_proj_is_called(attention: nn.MultiheadAttention) -> Iterator[None]:
+    """Makes an attention call its out_proj as a module, on the same input as the product that it hides in a function.
+
+    The attention runs with the identity in the place of out_proj, and out_proj on its result.
+    """
+    original = cast(Callable[..., tuple[Tensor, object]], attention.forward)
+    shadowed = "forward" in attention.__dict__
+    stands_in: list[nn.Linear] = []
+
+    def forward(*arguments: object, **keywords: object) -> object:
+        real = attention.out_proj
+        if not stands_in:
+            width, like = real.out_features, real.weight
+            # skip_init: drawing initial weights would move the caller's random state
+            identity = nn.utils.skip_init(nn.Linear, width, width, device=like.device, dtype=like.dtype)
+            identity.requires_grad_(False)
+            nn.init.eye_(identity.weight)
+            nn.init.zeros_(identity.bias)
+            stands_in.append(identity)
+        attention._modules["out_proj"] = stands_in[0]
+        try:
+            result, weights = original(*arguments, **keywords)
+        finally:
+            attention._modules["out_proj"] = real
+        return real(result), weights
+
+    attention.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if shadowed:
+            attention.__dict__["forward"] = original
+        else:
+            del attention.__dict__["forward"]
+
+
 def match_names(names: Shapes, tensors: Shapes) -> dict[str, str]:
     """Names of a module -> names of a checkpoint, for those that are in it in their shapes; shapes by name.
 
@@ -138,7 +176,7 @@ def match_names(names: Shapes, tensors: Shapes) -> dict[str, str]:
     return {name: other for name, other in mapped.items() if tensors.get(other) == names[name]}
 
 
-def match_values(parameters: Mapping[str, torch.Tensor], checkpoint: Checkpoint) -> dict[str, str]:
+def match_values(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> dict[str, str]:
     """Names of a module -> names of the checkpoint that it was loaded from, told by the values alone.
 
     For modules whose library renames what it loads. Values are compared in the dtype of the parameter, up to 256 of
