@@ -146,6 +146,17 @@ def test_spectrum(dtype: torch.dtype) -> None:
     assert found.curve[-1] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_spectrum_of_inputs_is_that_of_their_moment(dtype: torch.dtype) -> None:
+    X = inputs(50, 200).to(dtype)
+    found, same = spectrum(X), spectrum((X.double().mT @ X.double()).float())
+    assert found.rank == same.rank == 50
+    assert found.leading == pytest.approx(same.leading, abs=1e-6)
+    assert found.curve == pytest.approx(same.curve, abs=1e-6)
+    assert spectrum(torch.full((3, 8), 1e30, dtype=torch.float32)).rank == 1  # whose moment overflows
+    assert spectrum(torch.zeros(3, 8)).leading is None
+
+
 def test_the_rank_of_a_float32_moment_is_above_its_rounding() -> None:
     Q, _ = torch.linalg.qr(normal(20, 20))
     moment = Q @ torch.diag(torch.tensor([1.0] * 4 + [1e-4] * 5 + [1e-9] * 11, dtype=torch.float64)) @ Q.mT

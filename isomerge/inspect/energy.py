@@ -55,10 +55,15 @@ class Kept:
     curves: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
 
 
-def spectrum(moment: Tensor) -> Spectrum:
-    """The spectrum of a moment [d, d]. Cost: one eigensolve of side d in float64."""
-    d = len(moment)
-    values = ops.principal(moment, d).values
+def spectrum(stored: Tensor) -> Spectrum:
+    """The spectrum of a moment [d, d], or of YᵀY for inputs Y [tokens, d], tokens < d, by that of Y Yᵀ.
+
+    Cost: one eigensolve in float64 of side d, or tokens.
+    """
+    rows, d = stored.shape
+    # The rule for null eigenvalues is that of a float32 moment, whichever of the two is stored.
+    moment, rtol = (ops.shift_cov(stored.double().mT), torch.finfo(torch.float32).eps) if rows < d else (stored, None)
+    values = torch.nn.functional.pad(ops.principal(moment, rows, rtol=rtol).values, (0, d - rows))
     total = float(moment.diagonal().sum(dtype=torch.float64))
     if total <= 0:
         return Spectrum(0, None, ())

@@ -187,7 +187,7 @@ class _Alone:
         for name in self.names:
             layer = self._statistics.layers[name]
             if layer.stored not in seen:
-                seen[layer.stored] = spectrum(self._statistics.moment(name))
+                seen[layer.stored] = spectrum(self._statistics.stored(name))
             yield name, Inspected(layer, spectrum=seen[layer.stored])
 
 
