@@ -7,8 +7,9 @@ All ops work on any leading dimensions, take float16, bfloat16, float32 or float
 float32 (float64 for float64 input). Half precisions are computed in float32 from the exact input values.
 
 `precision` bounds the relative Frobenius error of the result: "fast" 2e-2, "default" no worse than twice the float32
-`torch.linalg.svd` of the same matrix or 1e-4, "exact" float64 accumulation. `backend` is "auto", "eager" or
-"reference" (float64, by definition); a named backend runs or raises `BackendUnavailable`.
+`torch.linalg.svd` of the same matrix or 1e-4, "exact" float64 accumulation. `backend` is "auto" or the name of one:
+"reference" (float64, by definition), "eager" (any device), "native" (C++ on the CPU, for what waits for memory),
+"triton", "cuda"; a named backend runs or raises `BackendUnavailable`.
 
 A singular value at or below `rtol` * sigma_1 of its own matrix is null: it counts as zero, and its direction gets no
 energy. The default is `RANK_RTOL`.

@@ -7,10 +7,10 @@
 
 namespace {
 
-constexpr std::int64_t BLOCK = 1024;      // columns at a time: four arrays of 4 KiB stay in the first cache
+constexpr std::int64_t BLOCK = 1024;       // columns at a time: four arrays of 4 KiB stay in the first cache
 constexpr std::int64_t GUESSED = 1 << 14;  // columns that are decided by one guess of the majority
 
-constexpr int LOW = 16, HIGH = 15;                  // bits of a magnitude: the digits that are counted
+constexpr int LOW = 16, HIGH = 15;                       // bits of a magnitude: the digits that are counted
 constexpr std::int64_t COUNTED = std::int64_t{1} << 30;  // values whose counts 32 bits hold
 
 // Which digit the k-th largest value has; k becomes its rank among the values of that digit.

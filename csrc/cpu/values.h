@@ -29,7 +29,8 @@ ISOMERGE_INLINE float widened_bfloat16(std::uint16_t value) {
 ISOMERGE_INLINE float widened_float16(std::uint16_t value) {
   const std::uint32_t sign = (value & 0x8000u) << 16, magnitude = value & 0x7fffu;
   const std::uint32_t normal = (magnitude << 13) + (112u << 23);
-  const std::uint32_t subnormal = bits<std::uint32_t>(static_cast<float>(static_cast<std::int32_t>(magnitude)) * 0x1p-24f);
+  const float small = static_cast<float>(static_cast<std::int32_t>(magnitude)) * 0x1p-24f;  // no subnormal: none flushed
+  const std::uint32_t subnormal = bits<std::uint32_t>(small);
   const std::uint32_t infinite = 0x7f800000u | (magnitude << 13);
   return bits<float>(sign | (magnitude < 0x400u ? subnormal : magnitude < 0x7c00u ? normal : infinite));
 }
@@ -67,7 +68,8 @@ ISOMERGE_INLINE void each(Values values, std::int64_t first, std::int64_t count,
 }
 
 // `count` elements to the place `first` of `out`, rounded to its dtype.
-ISOMERGE_INLINE void narrow(const float* __restrict values, std::int64_t count, void* out, Dtype dtype, std::int64_t first) {
+ISOMERGE_INLINE void narrow(const float* __restrict values, std::int64_t count, void* out, Dtype dtype,
+                            std::int64_t first) {
   if (dtype == Dtype::float32) {
     std::memcpy(static_cast<float*>(out) + first, values, count * sizeof(float));
     return;
