@@ -26,11 +26,13 @@ from isomerge.backends import BACKENDS, refusal
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
-CELLS = [(op, backend) for backend, row in BACKENDS.items() if backend != "reference" for op in row.ops]
-KERNELS = [backend for backend in BACKENDS if backend not in ("eager", "reference")]
+KERNELS = [backend for backend, row in BACKENDS.items() if row.devices == (DEVICE,)]
+CELLS = [(op, backend) for backend in (*KERNELS, "eager") for op in BACKENDS[backend].ops]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 EPS = torch.finfo(torch.float32).eps
 FLOOR = {"shift_cov": 1e-6, "project_scale": EPS, "delta_sum": EPS, "finalize": EPS, "matmul": EPS}  # others 1e-4
+LARGE = tuple(FLOOR)  # the ops that are also called on more than 2^31 elements
+FLOOR |= {"subtract": 1e-6, "frobenius": 1e-6, "kth_largest": 0, "elect": EPS}
 
 LAYOUTS = {  # odd sizes, sizes that are and are not multiples of tiles
     "square": lambda kind: matrix(kind, 128, 128),
@@ -81,6 +83,17 @@ def answers(op: str, A: Tensor, backend: str) -> tuple[Tensor, ...]:
             ops.finalize(A, wide.flip(-1), each, out_dtype=torch.bfloat16, backend=backend),
             ops.finalize(A, wide.flip(-1), 0.7, out_dtype=torch.float32, backend=backend),
         )
+    if op == "subtract":
+        deltas, base = wide.new_empty(2, *A.shape), torch.empty_like(wide)
+        square = ops.subtract(A, (A.flip(-1), A.flip(-2)), [0.7, 1.0], base_out=base, out=deltas, backend=backend)
+        return deltas, base, wide.new_tensor(square)
+    if op == "frobenius":
+        return (wide.new_tensor(ops.frobenius(A, backend=backend)),)
+    if op == "kth_largest":
+        return tuple(ops.kth_largest(wide.flatten(), k, backend=backend) for k in (1, wide.numel() // 3 + 1))
+    if op == "elect":
+        deltas = torch.stack([A.flip(-1).flatten(), A.flip(-2).flatten(), A.flatten()])
+        return (ops.elect(deltas, deltas.abs().float().mean(1), backend=backend),)
     assert op == "matmul"
     return (ops.matmul(A, A.mT, backend=backend),)
 
@@ -225,7 +238,7 @@ def large_problem(op: str, backend: str) -> tuple[Tensor, Tensor]:
     return ops.matmul(A, B, backend=backend)[-9:], A[-9:].double() @ B.double()
 
 
-LARGE_CELLS = [cell for cell in CELLS if cell[0] in FLOOR]
+LARGE_CELLS = [cell for cell in CELLS if cell[0] in LARGE]
 
 
 @pytest.mark.parametrize(("op", "backend"), LARGE_CELLS, ids=[f"{op}-{backend}" for op, backend in LARGE_CELLS])

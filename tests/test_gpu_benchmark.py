@@ -19,7 +19,7 @@ from gpu_measure import Candidate, Case, Clock, Problem, rows_of
 from gpu_setting import Setting
 from spectra import matrix
 
-from isomerge.backends import BACKENDS, eager, refusal
+from isomerge.backends import BACKENDS, OPS, eager, refusal
 
 CPU = torch.device("cpu")
 SCRIPT = Path(gpu.__file__)
@@ -251,7 +251,7 @@ def test_sizes_and_counts_of_the_models() -> None:
 
 
 # ---- the helpers of tests/test_gpu.py, which themselves run on a GPU alone
-@pytest.mark.parametrize("op", BACKENDS["triton"].ops)
+@pytest.mark.parametrize("op", OPS)
 def test_the_gpu_tests_accept_the_eager_backend_and_refuse_a_thousandth_more(op: str) -> None:
     for dtype in test_gpu.DTYPES:
         A = matrix("decay", 65, 37).to(dtype)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from isomerge.backends import election
 from isomerge.backends.election import kth_largest
-from isomerge.methods import ties
+from isomerge.methods import dare_ties, ties
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -60,3 +62,11 @@ def test_kth_largest(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block:
         magnitudes = values.to(dtype).abs().sort(descending=True).values
         for k in {1, 2, 5, 9, len(values) // 2, len(values) - 1, len(values)} & set(range(1, len(values) + 1)):
             assert kth_largest(values.to(dtype), k) == magnitudes[k - 1]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0, 5), (0, 3, 4, 5), (3, 0, 0), (3, 1, 1)])
+@pytest.mark.parametrize("method", [ties, dare_ties])
+def test_matrices_without_elements(method: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
+    merged = method(torch.zeros(shape), density=0.5)
+    assert merged.shape == (*shape[:-3], *shape[-2:])
+    assert not merged.any()

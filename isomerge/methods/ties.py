@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -60,7 +61,7 @@ def _dropped(deltas: Tensor, density: float, seed: int) -> Iterator[Tensor]:
 def _each(function: Callable[[Tensor], Tensor], deltas: Tensor) -> Tensor:
     """[..., m, n] of what `function` makes of the elements of each unit, [T, m n] -> [m n]."""
     *batch, T, m, n = deltas.shape
-    merged = [function(unit) for unit in deltas.reshape(-1, T, m * n)]
+    merged = [function(unit) for unit in deltas.reshape(math.prod(batch), T, m * n)]
     if len(merged) == 1:  # without a copy
         return merged[0].view(*batch, m, n)
     return torch.stack(merged).view(*batch, m, n) if merged else deltas.new_zeros(*batch, m, n)
