@@ -33,6 +33,7 @@ __all__ = [
     "Polar",
     "PolarProduct",
     "delta_sum",
+    "drop",
     "elect",
     "finalize",
     "frobenius",
@@ -471,6 +472,23 @@ def elect(deltas: Tensor, thresholds: Tensor, *, backend: str = "auto") -> Tenso
     dtype = torch.promote_types(deltas.dtype, torch.float32)
     merged: Tensor = resolve("elect", backend, deltas)(deltas.to(dtype), thresholds.to(dtype))
     return merged.to(dtype)
+
+
+def drop(values: Tensor, density: float, *, seed: int, first: int = 0, backend: str = "auto") -> Tensor:
+    """B_i values_i / density [n], with random B_i that are 1 with probability `density` and else 0.
+
+    B_i is drawn by number `first` + i of the SplitMix64 generator that starts from `seed`, so it depends on nothing
+    else: not on the device, nor on what is drawn together. Density in [2^-32, 1], and 1 keeps everything.
+    Cost: one pass. Raises ValueError unless values are 1-D and floating, and for a density out of range.
+    """
+    if values.dim() != 1 or values.dtype not in DTYPES or not 2**-32 <= density <= 1 or first < 0:
+        raise ValueError(
+            "drop: expected floating values [n], a density from 2^-32 to 1 and a number of 0 or more, got "
+            f"{tuple(values.shape)} in {values.dtype}, {density} and {first}"
+        )
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    kept: Tensor = resolve("drop", backend, values)(values.to(dtype), density, seed=seed % 2**64, first=first)
+    return kept.to(dtype)
 
 
 def matmul(A: Tensor, B: Tensor, *, backend: str = "auto") -> Tensor:

@@ -239,6 +239,7 @@ kth = torch.stack([ops.kth_largest(delta, count // 5, backend="native") for delt
 elected = ops.elect(out, kth, backend="native")
 merged = [ops.finalize(base_out[None], elected[None], 0.3, out_dtype=d, backend="native")
           for d in (torch.float16, torch.bfloat16, torch.float32)]
+merged.append(ops.drop(elected, 0.3, seed=1, backend="native"))
 sums = torch.tensor([square, ops.frobenius(out, backend="native")], dtype=torch.float64)
 torch.save([sums, out, kth, elected, *merged], sys.argv[1])
 from isomerge import _cpu

@@ -258,6 +258,9 @@ def test_dare_is_unbiased_seeded_and_keeps_the_density() -> None:
     assert set(update.unique().tolist()) == {0.0, 4.0, 8.0}
     assert update.mean().item() == pytest.approx(2.0, abs=0.05)  # 20 000 entries: standard error 0.017
     assert set(methods.dare_ties(deltas, density=0.25).unique().tolist()) == {0.0, 4.0}
+    one, other = (methods.dare_linear(deltas[t : t + 1], density=0.25, seed=0) for t in (0, 1))
+    assert torch.equal(one, other)  # each is the first task
+    assert not torch.equal(update, 2 * methods.dare_linear(deltas[:1], density=0.25))  # tasks are dropped apart
 
 
 # ---- the table

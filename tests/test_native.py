@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from isomerge import ops
-from isomerge.backends import BackendUnavailable, eager, native, reference
+from isomerge.backends import BACKENDS, BackendUnavailable, eager, native, reference
+from isomerge.backends.draws import draws
 
 pytestmark = pytest.mark.skipif(native.availability() is not None, reason=str(native.availability()))
 
@@ -302,6 +303,83 @@ def test_elect_of_gaps_halves_and_nothing() -> None:
     assert ops.elect(torch.empty(3, 0), torch.zeros(3), backend="native").shape == (0,)
 
 
+# ---- random dropping
+def test_draws_are_those_of_the_published_generator() -> None:
+    numbers = (  # the first of SplitMix64 from 1234567, by its authors' program
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    )
+    assert draws(1234567, 0, 5, torch.device("cpu")).tolist() == [number >> 32 for number in numbers]
+    assert draws(1234567, 2, 3, torch.device("cpu")).tolist() == [number >> 32 for number in numbers[2:]]
+    for backend in ("native", "eager", "reference"):
+        for number in numbers:
+            for beside in (-1, 0, 1):  # the density at which the number is still, or just not, below
+                density = ((number >> 32) + beside) / 2**32
+                kept = ops.drop(torch.ones(1), density, seed=1234567, first=numbers.index(number), backend=backend)
+                assert bool(kept.any()) is (beside == 1)
+
+
+@pytest.mark.parametrize("density", [2**-32, 1e-6, 0.2, 0.5, 1 - 2**-20, 1.0])
+@pytest.mark.parametrize("seed", [0, 7, 2**63 - 1, 2**63, 2**64 - 1, 2**64 + 7, -1])
+def test_dropping_has_the_bits_of_eager(density: float, seed: int) -> None:
+    for count in COUNTS:
+        values = normal(count + 1)[1:]
+        for first in (0, 1000, 2**40):
+            mine, theirs = (
+                ops.drop(values, density, seed=seed, first=first, backend=name) for name in ("native", "eager")
+            )
+            assert torch.equal(raw(mine), raw(theirs))
+    values = normal(500)
+    exact = ops.drop(values.double(), density, seed=seed, backend="reference")
+    torch.testing.assert_close(ops.drop(values, density, seed=seed).double(), exact, rtol=1e-6, atol=0)
+    assert ops.drop(values, 1.0, seed=seed).equal(values)
+
+
+def test_what_is_dropped_does_not_depend_on_parts_dtypes_or_gaps() -> None:
+    values = normal(70_001)
+    whole = ops.drop(values, 0.3, seed=5)
+    parts = [ops.drop(part, 0.3, seed=5, first=i * 999) for i, part in enumerate(values.split(999))]
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(ops.drop(values[::3], 0.3, seed=5), ops.drop(values[::3].contiguous(), 0.3, seed=5))
+    for other in (values.double(), values.bfloat16()):
+        kept = ops.drop(other, 0.3, seed=5)
+        assert torch.equal(kept != 0, whole != 0)
+        assert kept.dtype == torch.promote_types(other.dtype, torch.float32)
+
+
+def test_the_kept_are_as_many_as_they_should_and_of_no_order() -> None:
+    count = 2**20
+    for density in (0.01, 0.2, 0.9):
+        spread = (density * (1 - density) / count) ** 0.5
+        masks = [ops.drop(torch.ones(count), density, seed=seed).ne(0).double() for seed in (0, 1, 2**40)]
+        for mask in masks:
+            assert abs(mask.mean().item() - density) <= 5 * spread
+            for lag in (1, 2, 64, 4096):  # covariance of neighbours, in standard errors of independent draws
+                pair = (mask[:-lag] - density) * (mask[lag:] - density)
+                assert abs(pair.mean().item()) <= 5 * density * (1 - density) / count**0.5
+        pair = (masks[0] - density) * (masks[1] - density)
+        assert abs(pair.mean().item()) <= 5 * density * (1 - density) / count**0.5
+
+
+@pytest.mark.parametrize(
+    ("values", "density", "first"),
+    [
+        (torch.ones(3), 0.0, 0),
+        (torch.ones(3), 1.5, 0),
+        (torch.ones(3), math.nan, 0),
+        (torch.ones(3), 0.5, -1),
+        (torch.ones(1, 3), 0.5, 0),
+        (torch.ones(3).int(), 0.5, 0),
+    ],
+)
+def test_wrong_calls_of_drop(values: Tensor, density: float, first: int) -> None:
+    with pytest.raises(ValueError, match=r"drop: expected floating values \[n\], a density"):
+        ops.drop(values, density, seed=0, first=first)
+
+
 # ---- the door
 def test_without_the_extension_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> object:
@@ -319,7 +397,7 @@ def test_without_the_extension_the_reason_is_given(monkeypatch: pytest.MonkeyPat
 
 
 def test_every_op_of_the_row_is_there() -> None:
-    for op in ("finalize", "subtract", "frobenius", "kth_largest", "elect"):
+    for op in BACKENDS["native"].ops:
         assert callable(getattr(native, op))
         assert callable(getattr(eager, op))
         assert callable(getattr(reference, op))

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "draws.h"
 #include "election.h"
 #include "passes.h"
 
@@ -69,4 +70,12 @@ PYBIND11_MODULE(_cpu, module) {
         elect(at<const float*>(deltas), stride, thresholds, count, at<float*>(merged));
       },
       py::arg("deltas"), py::arg("stride"), py::arg("thresholds"), py::arg("count"), py::arg("merged"));
+  module.def(
+      "drop",
+      [](std::uintptr_t given, std::int64_t count, double density, std::uint64_t seed, std::int64_t first,
+         std::uintptr_t kept) {
+        const py::gil_scoped_release released;
+        drop(at<const float*>(given), count, density, seed, first, at<float*>(kept));
+      },
+      py::arg("values"), py::arg("count"), py::arg("density"), py::arg("seed"), py::arg("first"), py::arg("kept"));
 }

@@ -30,10 +30,11 @@ OPS = (
     "frobenius",
     "kth_largest",
     "elect",
+    "drop",
 )
 """Every op of `isomerge.ops` that is dispatched."""
 
-_PASSES = ("subtract", "frobenius", "kth_largest", "elect")  # for which a GPU has no kernels but torch's own
+_PASSES = ("subtract", "frobenius", "kth_largest", "elect", "drop")  # for which a GPU has no kernels but torch's own
 
 
 class Backend(NamedTuple):

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from isomerge.backends.draws import drop
 from isomerge.backends.eigen import (
     TOLERANCE,
     Apply,
@@ -39,8 +40,9 @@ from isomerge.backends.iterations import block_krylov, eigh
 from isomerge.backends.partial_eigen import leading_eigenvectors
 from isomerge.backends.side_by_side import matrices, side_by_side
 
-__all__ = [  # the names of `BACKENDS`, two of which are functions of another module
+__all__ = [  # the names of `BACKENDS`, three of which are functions of other modules
     "delta_sum",
+    "drop",
     "elect",
     "finalize",
     "frobenius",

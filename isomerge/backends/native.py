@@ -96,6 +96,15 @@ def elect(deltas: Tensor, thresholds: Tensor) -> Tensor:
     return merged
 
 
+def drop(values: Tensor, density: float, *, seed: int, first: int) -> Tensor:
+    """Drawn, divided and chosen in one pass. One thread."""
+    if values.dtype != torch.float32 or not values.is_contiguous():
+        return eager.drop(values, density, seed=seed, first=first)
+    kept = torch.empty_like(values)
+    _extension().drop(values.data_ptr(), values.numel(), density, seed, first, kept.data_ptr())
+    return kept
+
+
 def _extension() -> ModuleType:
     try:
         return import_module("isomerge._cpu")

@@ -96,6 +96,17 @@ def elect(deltas: Tensor, thresholds: Tensor) -> Tensor:
     return agreeing.sum(0) / (agreeing != 0).sum(0).clamp_min(1)
 
 
+def drop(values: Tensor, density: float, *, seed: int, first: int) -> Tensor:
+    """values [n] / density, or 0 where the first 32 bits of draw `first` + i, over 2^32, are not below the density."""
+    kept = []
+    for index in range(first, first + len(values)):
+        x = (seed + (index + 1) * 0x9E3779B97F4A7C15) % 2**64  # SplitMix64: Steele, Lea, Flood 2014; Vigna's constants
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        kept.append((x ^ (x >> 31)) >> 32 < density * 2**32)
+    return torch.where(torch.tensor(kept, dtype=torch.bool, device=values.device), values.double() / density, 0.0)
+
+
 def rsvd(
     A: Tensor, k: int, *, deflate: Tensor, rtol: float, atol: Tensor, tol: float, seed: int, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:

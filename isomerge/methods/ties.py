@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from isomerge import ops
+
+BLOCK = 2**17
+"""Elements that are dropped at a time on a CPU: they and what is left of them then stay in its cache."""
 
 
 def ties(deltas: Tensor, *, density: float = 0.2) -> Tensor:
@@ -22,46 +25,52 @@ def ties(deltas: Tensor, *, density: float = 0.2) -> Tensor:
 
     deltas [..., T, m, n], density in [0, 1]. Source: Yadav et al. 2023, "TIES-Merging", algorithm 1.
     """
-    kept = int(density * deltas.shape[-2:].numel())
+    *batch, T, m, n = deltas.shape
+    kept = int(density * m * n)
 
     def one(deltas: Tensor) -> Tensor:
         if kept == 0:
             return torch.zeros_like(deltas[0])
         return ops.elect(deltas, torch.stack([ops.kth_largest(delta, kept) for delta in deltas]))
 
-    return _each(one, deltas)
+    merged = [one(unit) for unit in deltas.reshape(math.prod(batch), T, m * n)]
+    return _stacked(merged, deltas)
 
 
 def dare_linear(deltas: Tensor, *, density: float = 0.2, seed: int = 0) -> Tensor:
     """Σ_t B_t Δ_t / density, B_t random 0/1 entries that are 1 with probability `density` (Yu et al. 2024, "DARE").
 
-    deltas [..., T, m, n], density in (0, 1]. Drawn on the CPU from `seed`, tasks in order: the same on every device.
+    deltas [..., T, m, n], density in (0, 1]. What is drawn depends on `seed`, t and the place in Δ_t alone.
     """
-    result = torch.zeros_like(deltas[..., 0, :, :])
-    for dropped in _dropped(deltas, density, seed):
-        result += dropped
+    result = torch.zeros_like(deltas[..., 0, :, :], memory_format=torch.contiguous_format)
+    for _, part, values in _dropped(deltas, density, seed):
+        result.view(-1)[part] += values
     return result
 
 
 def dare_ties(deltas: Tensor, *, density: float = 0.2, seed: int = 0) -> Tensor:
     """The sign election and mean of `ties` on the dropped and rescaled deltas of `dare_linear`, without trimming."""
-    left = torch.empty_like(deltas)
-    for t, dropped in enumerate(_dropped(deltas, density, seed)):
-        left[..., t, :, :] = dropped
-    return _each(lambda unit: ops.elect(unit, unit.new_zeros(len(unit))), left)
-
-
-def _dropped(deltas: Tensor, density: float, seed: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    for delta in deltas.unbind(-3):
-        left_out = torch.rand(delta.shape, generator=generator) >= density
-        yield (delta / density).masked_fill_(left_out.to(delta.device), 0)
-
-
-def _each(function: Callable[[Tensor], Tensor], deltas: Tensor) -> Tensor:
-    """[..., m, n] of what `function` makes of the elements of each unit, [T, m n] -> [m n]."""
     *batch, T, m, n = deltas.shape
-    merged = [function(unit) for unit in deltas.reshape(math.prod(batch), T, m * n)]
-    if len(merged) == 1:  # without a copy
-        return merged[0].view(*batch, m, n)
-    return torch.stack(merged).view(*batch, m, n) if merged else deltas.new_zeros(*batch, m, n)
+    left = deltas.new_empty(T, math.prod(batch) * m * n)
+    for t, part, values in _dropped(deltas, density, seed):
+        left[t, part] = values
+    units = left.view(T, math.prod(batch), m * n).unbind(1)
+    return _stacked([ops.elect(unit, unit.new_zeros(T)) for unit in units], deltas)
+
+
+def _dropped(deltas: Tensor, density: float, seed: int) -> Iterator[tuple[int, slice, Tensor]]:
+    """B_t Δ_t / density in parts: t, where the part stands among the elements of Δ_t [..., m, n], and its values."""
+    for t, delta in enumerate(deltas.unbind(-3)):
+        values = delta.reshape(-1)
+        step = BLOCK if delta.device.type == "cpu" else max(1, len(values))
+        for first in range(0, len(values), step):
+            part = slice(first, min(first + step, len(values)))
+            yield t, part, ops.drop(values[part], density, seed=seed, first=t * len(values) + first)
+
+
+def _stacked(merged: list[Tensor], deltas: Tensor) -> Tensor:
+    """One [m n] for each unit of deltas [..., T, m, n] -> [..., m, n]; a single one without a copy."""
+    shape = *deltas.shape[:-3], *deltas.shape[-2:]
+    if len(merged) == 1:
+        return merged[0].view(shape)
+    return torch.stack(merged).view(shape) if merged else deltas.new_zeros(shape)
