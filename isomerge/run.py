@@ -1,8 +1,8 @@
 """The loop over a plan: for each group read -> method -> write, reading and writing in threads of their own.
 
 The same inputs and settings on one machine give the same bytes, whatever the groups, the shards and the threads do:
-methods compute each matrix of a stack as if it were alone, pieces have a size of their own, and random numbers are
-seeded by the tensor's name.
+methods compute each matrix of a stack as if it were alone, and random numbers depend on the tensor's name and the place
+in it.
 
 Where an update is scaled by its norm among all layers of its type, the updates of the type wait in a file until the
 last of them is computed; then each is read back, scaled, added to the base and written.
@@ -315,8 +315,10 @@ class _Run:
         method = METHODS[step.call.method]
         if method.elementwise and step.group.reduction != "none":
             return deltas[0]  # such a reduction is the update; the method would copy it
-        seed = {"seed": unit_seed(self._job.plan.settings.seed, unit.label)} if method.seeded else {}
-        return method.function(deltas, **step.call.arguments, **seed)
+        drawn = {"seed": unit_seed(self._job.plan.settings.seed, unit.label)} if method.seeded else {}
+        if method.seeded and method.chunkable:
+            drawn["first"] = unit.start
+        return method.function(deltas, **step.call.arguments, **drawn)
 
     def _keep(self, step: Step, unit: Unit, outcome: Outcome, update: Tensor, seconds: float) -> None:
         """The update and its norm to the spool; the norm is summed in float64, for its powers are to come."""

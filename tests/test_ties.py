@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from isomerge.backends import election
 from isomerge.backends.election import kth_largest
-from isomerge.methods import dare_ties, ties
+from isomerge.methods import dare_linear, dare_ties, ties
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -70,3 +72,16 @@ def test_matrices_without_elements(method: Callable[..., Tensor], shape: tuple[i
     merged = method(torch.zeros(shape), density=0.5)
     assert merged.shape == (*shape[:-3], *shape[-2:])
     assert not merged.any()
+
+
+def test_dare_of_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    deltas = torch.randn(3, 1, 1000, generator=torch.Generator().manual_seed(0))
+    whole = dare_linear(deltas, density=0.4, seed=7)
+    ends = (0, 1, 400, 401, 1000)
+    parts = [
+        dare_linear(deltas[..., begin:end], density=0.4, seed=7, first=begin) for begin, end in itertools.pairwise(ends)
+    ]
+    assert torch.equal(torch.cat(parts, -1), whole)
+    monkeypatch.setattr(sys.modules["isomerge.methods.ties"], "BLOCK", 64)
+    assert torch.equal(dare_linear(deltas, density=0.4, seed=7), whole)
+    assert torch.equal(dare_linear(deltas.view(3, 20, 50), density=0.4, seed=7).view(1, -1), whole)

@@ -57,8 +57,8 @@ class Method:
     paper: str
     parameters: tuple[Parameter, ...]
     elementwise: bool  # applies to tensors of any shape; otherwise to matrices alone
-    chunkable: bool  # an element of the update depends on that element's deltas alone
-    seeded: bool  # takes `seed`
+    chunkable: bool  # an element of the update depends on that element's deltas alone, and if seeded on its place
+    seeded: bool  # takes `seed`, and if chunkable `first`, the number of elements of the tensor before the deltas'
     flops: Callable[[int, int, int], float]  # (m, n, T) -> floating-point operations per matrix
     peak_floats: Callable[[int, int, int], float]  # (m, n, T) -> float32 working memory per matrix, beside the deltas
     task_floats: Callable[[int, int], float] = lambda m, n: 0.0  # (m, n) -> of each further task at the same time
@@ -129,7 +129,6 @@ def _esm_floats(m: int, n: int, T: int) -> float:
     return _spectral_floats(m, n, T) + 12.0 * m * m + 4.0 * side * side  # concatenated bases, moments in float64
 
 
-# Of DARE with one task: 3.7 floats where an array has more than 32 MB, 6.7 where malloc keeps what was freed.
 def _elementwise_floats(per_element: float) -> Callable[[int, int, int], float]:
     return lambda m, n, T: per_element * m * n
 
@@ -159,7 +158,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method(
                 "dare_linear", dare_linear, "DARE, linear", "Yu et al. 2024, arXiv 2311.03099",
                 (Parameter("density", float, 0.2, 1e-6, 1.0, f"{DENSITY}, at random"),),
-                True, False, True, _elementwise_flops(8), _elementwise_floats(7),
+                True, True, True, _elementwise_flops(8), _elementwise_floats(4),
             ),
             Method(
                 "dare_ties", dare_ties, "DARE, TIES", "Yu et al. 2024, arXiv 2311.03099",

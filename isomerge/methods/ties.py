@@ -13,6 +13,9 @@ from isomerge import ops
 BLOCK = 2**17
 """Elements that are dropped at a time on a CPU: they and what is left of them then stay in its cache."""
 
+TASK = 2**48
+"""Numbers that are kept for each task to draw."""
+
 
 def ties(deltas: Tensor, *, density: float = 0.2) -> Tensor:
     """Mean over the tasks that agree with the elected sign, of the deltas trimmed to their largest entries.
@@ -37,13 +40,14 @@ def ties(deltas: Tensor, *, density: float = 0.2) -> Tensor:
     return _stacked(merged, deltas)
 
 
-def dare_linear(deltas: Tensor, *, density: float = 0.2, seed: int = 0) -> Tensor:
+def dare_linear(deltas: Tensor, *, density: float = 0.2, seed: int = 0, first: int = 0) -> Tensor:
     """Σ_t B_t Δ_t / density, B_t random 0/1 entries that are 1 with probability `density` (Yu et al. 2024, "DARE").
 
-    deltas [..., T, m, n], density in (0, 1]. What is drawn depends on `seed`, t and the place in Δ_t alone.
+    deltas [..., T, m, n], density in (0, 1]. What is drawn depends on `seed`, t and the place in Δ_t alone, of which
+    `first` elements come before these.
     """
     result = torch.zeros_like(deltas[..., 0, :, :], memory_format=torch.contiguous_format)
-    for _, part, values in _dropped(deltas, density, seed):
+    for _, part, values in _dropped(deltas, density, seed, first):
         result.view(-1)[part] += values
     return result
 
@@ -52,20 +56,20 @@ def dare_ties(deltas: Tensor, *, density: float = 0.2, seed: int = 0) -> Tensor:
     """The sign election and mean of `ties` on the dropped and rescaled deltas of `dare_linear`, without trimming."""
     *batch, T, m, n = deltas.shape
     left = deltas.new_empty(T, math.prod(batch) * m * n)
-    for t, part, values in _dropped(deltas, density, seed):
+    for t, part, values in _dropped(deltas, density, seed, 0):
         left[t, part] = values
     units = left.view(T, math.prod(batch), m * n).unbind(1)
     return _stacked([ops.elect(unit, unit.new_zeros(T)) for unit in units], deltas)
 
 
-def _dropped(deltas: Tensor, density: float, seed: int) -> Iterator[tuple[int, slice, Tensor]]:
+def _dropped(deltas: Tensor, density: float, seed: int, first: int) -> Iterator[tuple[int, slice, Tensor]]:
     """B_t Δ_t / density in parts: t, where the part stands among the elements of Δ_t [..., m, n], and its values."""
     for t, delta in enumerate(deltas.unbind(-3)):
         values = delta.reshape(-1)
         step = BLOCK if delta.device.type == "cpu" else max(1, len(values))
-        for first in range(0, len(values), step):
-            part = slice(first, min(first + step, len(values)))
-            yield t, part, ops.drop(values[part], density, seed=seed, first=t * len(values) + first)
+        for begin in range(0, len(values), step):
+            part = slice(begin, min(begin + step, len(values)))
+            yield t, part, ops.drop(values[part], density, seed=seed, first=t * TASK + first + begin)
 
 
 def _stacked(merged: list[Tensor], deltas: Tensor) -> Tensor:
