@@ -22,6 +22,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc").iterdir() if path.suffix in (".cu", ".cpp"))
 CUDA_HEADERS = sorted(str(path) for path in Path("csrc").glob("*.cuh"))
@@ -86,14 +87,19 @@ class Build(build_ext):
             ext.include_dirs.append(pybind11.get_include())
             super().build_extension(ext)
             return
-        includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
+        try:
+            self.build_cuda(ext, [pybind11.get_include(), sysconfig.get_paths()["include"]])
+        except subprocess.CalledProcessError as error:
+            raise CompileError(f"{ext.name}: {error}") from None
+
+    def build_cuda(self, ext: Extension, includes: list[str]) -> None:
         directory, target = Path(self.build_temp).resolve(), Path(self.get_ext_fullpath(ext.name)).resolve()
         directory.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        compiles = {}
+        flags, compiles = [*FLAGS, *(f"-I{path}" for path in includes)], {}
         for source in ext.sources:
             out = str(directory / f"{Path(source).name}.o")
-            compiles[source, out] = [str(nvcc()), *FLAGS, *includes, "-MD", "-MF", f"{out}.d", "-c", source, "-o", out]
+            compiles[source, out] = [str(nvcc()), *flags, "-MD", "-MF", f"{out}.d", "-c", source, "-o", out]
         if shutil.which("ninja"):
             rules = [f"builddir = {escaped(str(directory))}\n", RULE]
             for (source, out), command in compiles.items():
@@ -121,7 +127,7 @@ def wanted(variable: str, missing: Callable[[], str | None], what: str, extensio
         sys.exit(f"{variable}=1, but {extension.name} cannot be built: {reason}")
     if reason:
         print(f"isomerge: without {what} ({extension.name}): {reason}", file=sys.stderr)
-    extension.optional = choice == "auto" and extension.name == "isomerge._cpu"
+    extension.optional = choice == "auto"  # a compiler that fails then costs speed alone
     return [] if choice == "0" or reason else [extension]
 
 

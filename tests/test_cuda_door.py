@@ -15,7 +15,7 @@ import torch
 from spectra import relative
 from torch import Tensor
 
-from isomerge.backends import BackendUnavailable, cuda, reference
+from isomerge.backends import BackendUnavailable, cuda, extension, reference
 
 SOURCES = ("cholesky.cu", "jacobi.cu", "shift_cov.cu", "project_scale.cu")
 EPS = torch.finfo(torch.float32).eps
@@ -213,7 +213,7 @@ def test_without_the_extension_the_reason_is_given(monkeypatch: pytest.MonkeyPat
     def missing(name: str) -> object:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(cuda, "import_module", missing)
+    monkeypatch.setattr(extension, "import_module", missing)
     assert "isomerge._C is not built" in (cuda.availability() or "")
     monkeypatch.setattr(cuda, "DEVICE", "cpu")
     with pytest.raises(BackendUnavailable, match="ISOMERGE_CUDA=1"):
@@ -222,7 +222,7 @@ def test_without_the_extension_the_reason_is_given(monkeypatch: pytest.MonkeyPat
     def broken(name: str) -> object:
         raise ImportError("undefined symbol: cudaGraph")
 
-    monkeypatch.setattr(cuda, "import_module", broken)
+    monkeypatch.setattr(extension, "import_module", broken)
     assert cuda.availability() == "the extension isomerge._C does not load: undefined symbol: cudaGraph"
 
 

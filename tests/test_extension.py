@@ -275,12 +275,17 @@ def test_without_a_compiler_the_reason_is_given(tmp_path: Path, choice: str) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(find_spec("pybind11") is None, reason="needs pybind11")
+@pytest.mark.parametrize("what", ["ISOMERGE_CPU", "ISOMERGE_CUDA"])
 @pytest.mark.parametrize("choice", ["auto", "1"])
-def test_a_compiler_that_fails_ends_what_was_demanded_alone(tmp_path: Path, choice: str) -> None:
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\nexit 1\n")
-    compiler.chmod(0o755)
-    environment = {"ISOMERGE_CUDA": "0", "ISOMERGE_CPU": choice, "CXX": str(compiler), "CC": str(compiler)}
-    done = setup("build_ext", "--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib", **environment)
-    assert (done.returncode == 0) is (choice == "auto")
+def test_a_compiler_that_fails_ends_what_was_demanded_alone(tmp_path: Path, what: str, choice: str) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("c++", "nvcc"):
+        compiler = tmp_path / "bin" / name
+        compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo release 13.0, || exit 1\n')
+        compiler.chmod(0o755)
+    failing = {"CXX": str(tmp_path / "bin/c++"), "CC": str(tmp_path / "bin/c++"), "CUDA_HOME": str(tmp_path)}
+    chosen = {"ISOMERGE_CPU": "0", "ISOMERGE_CUDA": "0", what: choice}
+    done = setup("build_ext", "--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib", **chosen, **failing)
+    assert (done.returncode == 0) is (choice == "auto"), done.stderr
     assert not list(tmp_path.rglob("*.so"))

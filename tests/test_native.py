@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from isomerge import ops
-from isomerge.backends import BACKENDS, BackendUnavailable, eager, native, reference
+from isomerge.backends import BACKENDS, BackendUnavailable, eager, extension, native, reference
 from isomerge.backends.draws import draws
 
 pytestmark = pytest.mark.skipif(native.availability() is not None, reason=str(native.availability()))
@@ -388,9 +388,9 @@ def test_without_the_extension_the_reason_is_given(monkeypatch: pytest.MonkeyPat
     def broken(name: str) -> object:
         raise ImportError("undefined symbol: pow")
 
-    monkeypatch.setattr(native, "import_module", missing)
+    monkeypatch.setattr(extension, "import_module", missing)
     assert "isomerge._cpu is not built; install isomerge with ISOMERGE_CPU=1" in (native.availability() or "")
-    monkeypatch.setattr(native, "import_module", broken)
+    monkeypatch.setattr(extension, "import_module", broken)
     assert native.availability() == "the extension isomerge._cpu does not load: undefined symbol: pow"
     with pytest.raises(BackendUnavailable, match="does not load"):
         ops.frobenius(torch.ones(3), backend="native")

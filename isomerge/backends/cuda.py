@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from isomerge.backends import BackendUnavailable
+from isomerge.backends.extension import load
 
 DEVICE = "cuda"
 """The type of the devices that the kernels run on."""
@@ -140,16 +140,7 @@ def small_eigh(G: Tensor) -> Eigen:
 
 
 def _extension() -> ModuleType:
-    try:
-        return import_module("isomerge._C")
-    except ModuleNotFoundError as error:
-        if error.name != "isomerge._C":
-            raise
-        raise BackendUnavailable(
-            "the extension isomerge._C is not built; install isomerge with ISOMERGE_CUDA=1, which says what it lacks"
-        ) from None
-    except ImportError as error:
-        raise BackendUnavailable(f"the extension isomerge._C does not load: {error}") from error
+    return load("isomerge._C", "ISOMERGE_CUDA")
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from isomerge.backends import BackendUnavailable, eager
+from isomerge.backends.extension import load
 from isomerge.backends.side_by_side import concurrently, matrices
 
 PIECE = 2**18
@@ -106,16 +106,7 @@ def drop(values: Tensor, density: float, *, seed: int, first: int) -> Tensor:
 
 
 def _extension() -> ModuleType:
-    try:
-        return import_module("isomerge._cpu")
-    except ModuleNotFoundError as error:
-        if error.name != "isomerge._cpu":
-            raise
-        raise BackendUnavailable(
-            "the extension isomerge._cpu is not built; install isomerge with ISOMERGE_CPU=1, which says what it lacks"
-        ) from None
-    except ImportError as error:
-        raise BackendUnavailable(f"the extension isomerge._cpu does not load: {error}") from error
+    return load("isomerge._cpu", "ISOMERGE_CPU")
 
 
 def _values(tensor: Tensor) -> tuple[int, int]:
