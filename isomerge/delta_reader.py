@@ -16,8 +16,9 @@ from torch import Tensor
 
 from isomerge import nonfinite, ops
 from isomerge.backends.side_by_side import single_threaded
-from isomerge.deltas import RUNS_ELEMENTS, Group, Mapped, Read, Result, Stack, Unit, empty_stack, moment_bytes
+from isomerge.deltas import RUNS_BYTES, Group, Mapped, Read, Result, Stack, Unit, empty_stack, moment_bytes
 from isomerge.errors import InputError
+from isomerge.memory import on_huge_pages
 from isomerge.place import Place
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 RUN_ELEMENTS = 2**19
 """Of a tensor that are read and subtracted at a time: 2 MiB in float32, for the cache."""
+
+LEAST_ELEMENTS = 2**16
+"""Of a tensor that are read at a time, however many models there are: less, and the calls take longer than the rest."""
 
 
 class MomentSource(Protocol):
@@ -66,7 +70,6 @@ class DeltaReader:
         self._allow_nonfinite = allow_nonfinite
         self._free: list[Tensor] = []  # flat memory of units that are done: fresh pages cost as much as the arithmetic
         self._buffers = _Buffers()
-        self._run = min(RUN_ELEMENTS, max(RUNS_ELEMENTS // (1 + len(experts)), 2**16))
         self._pool: ThreadPoolExecutor | None = None
         if self._place.memory() is None:
             self._pool = single_threaded(workers or torch.get_num_threads(), "isomerge-delta")
@@ -114,7 +117,10 @@ class DeltaReader:
             self._free.clear()
 
         def one(unit: Unit) -> tuple[Result, Read]:
-            found, models = Read(), self._free.pop() if self._free else torch.empty(size, dtype=group.dtype)
+            found, models = (
+                Read(),
+                self._free.pop() if self._free else on_huge_pages(torch.empty(size, dtype=group.dtype)),
+            )
             stack = models[:size].view(shape)
             base, deltas = stack[0], stack[1:]
             square = sum(self._subtract(group, unit, base, deltas, *run) for run in self._runs(unit, group))
@@ -146,14 +152,19 @@ class DeltaReader:
         """(first, count) of the rows of a unit, as it is stored, that are read at a time."""
         rows, columns = group.m * group.n // _columns(group), _columns(group)
         parts = self._pool is not None and all(model.in_order(name) for model, name in self._sources(unit))
-        step = max(1, self._run // columns) if parts else max(1, rows)
+        step = max(1, self._longest(unit) // columns) if parts else max(1, rows)
         return [(first, min(step, rows - first)) for first in range(0, rows, step)]
+
+    def _longest(self, unit: Unit) -> int:
+        """Elements of the longest run: of all models together no more than `RUNS_BYTES`, unless that is very few."""
+        together = sum(model.tensors[name].dtype.itemsize for model, name in self._sources(unit))
+        return min(RUN_ELEMENTS, max(RUNS_BYTES // together, LEAST_ELEMENTS))
 
     def _subtract(self, group: Group, unit: Unit, base: Tensor, deltas: Tensor, first: int, count: int) -> float:
         """Fills rows of the base [m, n] and of the deltas [T, m, n], or of their reduction; returns ||sum||²."""
         rows = slice(first, first + count)
         # Runs of all models may be in memory at once, so whole tensors are taken one by one.
-        short = self._pool is not None and count * _columns(group) <= self._run
+        short = self._pool is not None and count * _columns(group) <= self._longest(unit)
         models = (
             self._read(model, name, unit, group, first, count, buffer=index if short else None)
             for index, (model, name) in enumerate(self._sources(unit))

@@ -17,7 +17,7 @@ from torch import Tensor
 GROUP_BYTES = 64 * 2**20  # of the deltas of small units that are computed together
 STREAM_BYTES = 512 * 2**20  # of those that are not held: the threads that stream them wait for one another at the end
 PIECE_ELEMENTS = 2**19  # of a tensor that is merged in pieces: 2 MiB in float32, five arrays of which a cache holds
-RUNS_ELEMENTS = 2**22  # of raw runs, of all models together, that a thread holds at a time: 16 MiB where it is float32
+RUNS_BYTES = 8 * 2**20  # of raw runs, of all models together, that a thread holds at a time
 _ALIGN = 64  # bytes: every unit starts on a cache line, so BLAS takes the same path wherever in a stack it stands
 
 Result = TypeVar("Result")

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-from isomerge.deltas import GROUP_BYTES, RUNS_ELEMENTS, STREAM_BYTES, Group
+from isomerge.deltas import GROUP_BYTES, RUNS_BYTES, STREAM_BYTES, Group
 from isomerge.errors import InputError
 from isomerge.methods import METHODS
 
 LAYER_EXPONENT = "layer_exponent"  # the parameter of a call that the driver applies, over all layers of a type
 _BLOCKS = re.compile(r"(res)?blocks?")
 _INDEX = re.compile(r"((?:\w*(?:layer|block)_)?)\d+")  # `3`, and torchvision's `encoder_layer_3`
-PROCESS_BYTES = 360 * 2**20  # Python with torch loaded and what malloc keeps back (measured: 250 to 350 MiB)
+PROCESS_BYTES = 380 * 2**20  # Python with torch loaded and what malloc keeps back (measured: 250 to 365 MiB)
 THREAD_BYTES = 26 * 2**20  # that malloc keeps back for each thread beyond two (measured with eight: 17 to 24 MiB)
 
 SHIFT_TOKENS = 512  # whose shifts are in memory at a time: TOKENS of backends/eager.py, which a plan does not load
@@ -81,9 +81,8 @@ def costs(step: Step, experts: int, *, on_gpu: bool = False) -> tuple[int, int]:
     elements, moment, stored = group.m * group.n, group.moment_size**2, stored_floats(group)
     workspace, outputs = method.peak_floats(group.m, group.n, experts), len(step.call.alphas)
     if streams(step) and not on_gpu:
-        # Deltas, base, another delta and a raw tensor from a file; base + update; what is merged; runs of all models.
-        runs = min((1 + experts) * elements, RUNS_ELEMENTS)
-        return 0, int(((stacked + 4 + outputs) * elements + workspace + runs) * group.dtype.itemsize)
+        # Deltas, base, another delta and a raw tensor from a file; base + update; what is merged.
+        return 0, int(((stacked + 4 + outputs) * elements + workspace) * group.dtype.itemsize)
     # Deltas, moments and base, of this group and of the next that is being read.
     held = 2 * (stacked + 1) * elements + 2 * experts * moment
     updates = 2 * elements + workspace
@@ -145,7 +144,7 @@ class Bound:
 
 def process_bytes(workers: int) -> int:
     """Bytes of a process beside the tensors of a step."""
-    return PROCESS_BYTES + THREAD_BYTES * max(0, max(workers, torch.get_num_threads()) - 2)
+    return PROCESS_BYTES + THREAD_BYTES * max(0, max(workers, torch.get_num_threads()) - 2) + RUNS_BYTES * workers
 
 
 def streams(step: Step) -> bool:

@@ -12,8 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "isomerge"
 
 LEVELS = (  # from the bottom; a module may import from lower levels, and from its own package
-    {"errors"},
-    {"backends", "settings", "checkpoint", "memory", "overlap", "place", "recipe_text"},
+    {"errors", "memory"},
+    {"backends", "settings", "checkpoint", "overlap", "place", "recipe_text"},
     {"ops"},
     {"methods", "deltas", "families", "nonfinite", "recipe", "statistics"},
     {"delta_reader", "headers", "schedule", "moments"},

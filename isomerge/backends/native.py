@@ -19,6 +19,7 @@ from torch import Tensor
 from isomerge.backends import BackendUnavailable, eager
 from isomerge.backends.extension import load
 from isomerge.backends.side_by_side import concurrently, matrices
+from isomerge.memory import on_huge_pages
 
 PIECE = 2**18
 """Elements of one tensor that a thread takes at a time."""
@@ -41,7 +42,7 @@ def finalize(base: Tensor, update: Tensor, *, scale: Tensor, out_dtype: torch.dt
     if not {base.dtype, update.dtype, out_dtype} <= _DTYPES.keys():
         return eager.finalize(base, update, scale=scale, out_dtype=out_dtype)
     extension, update = _extension(), update.float()
-    merged = torch.empty(base.shape, dtype=out_dtype)
+    merged = on_huge_pages(torch.empty(base.shape, dtype=out_dtype))
     calls = []
     factors = scale.float().reshape(-1).tolist()
     for stored, added, factor, out in zip(
@@ -91,7 +92,7 @@ def elect(deltas: Tensor, thresholds: Tensor) -> Tensor:
     """Thousands of columns at a time, each with the majority so far; those it changes once more. One thread."""
     if deltas.dtype != torch.float32 or not deltas[0].is_contiguous():
         return eager.elect(deltas, thresholds)
-    merged = torch.empty_like(deltas[0])
+    merged = on_huge_pages(torch.empty_like(deltas[0]))
     _extension().elect(deltas.data_ptr(), deltas.stride(0), thresholds.tolist(), merged.numel(), merged.data_ptr())
     return merged
 

@@ -16,7 +16,6 @@ from isomerge.cli.merging import merge_command, plan_command
 from isomerge.cli.statistics import capture_command, inspect_command
 from isomerge.cli.verifying import verify_command
 from isomerge.errors import InputError
-from isomerge.memory import ask_for_huge_pages
 
 app = typer.Typer(
     name="isomerge",
@@ -70,7 +69,6 @@ def main() -> None:
 
 def script() -> None:
     """`main`, and the process is gone: to take torch down module by module would need 0.4 s more."""
-    ask_for_huge_pages()
     try:
         main()
     except SystemExit as ended:
