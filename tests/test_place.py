@@ -126,7 +126,7 @@ def test_a_budget_that_one_matrix_passes_is_refused_with_the_least_that_suffices
     ):
         merge(path, tmp_path / "out", max_memory=200_000_000)
     assert not (tmp_path / "out").exists()
-    merge(path, tmp_path / "out", max_memory=377_600_000)
+    merge(path, tmp_path / "out", max_memory=415_300_000)
 
 
 def test_bytes_do_not_depend_on_the_memory(tmp_path: Path) -> None:
