@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -192,9 +193,9 @@ def started(recipe: Path) -> tuple[subprocess.Popen[str], Path]:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and child.poll() is None:
         for folder in recipe.parent.glob(".out*"):
-            journal = folder / "isomerge_journal.jsonl"
-            if journal.exists() and b'"record"' in journal.read_bytes():
-                return child, folder
+            with suppress(FileNotFoundError):  # it is made anew right after it was made
+                if b'"record"' in (folder / "isomerge_journal.jsonl").read_bytes():
+                    return child, folder
         time.sleep(0.002)
     raise AssertionError(f"the merge ended before it could be stopped: {child.communicate()}")
 
