@@ -117,10 +117,8 @@ class DeltaReader:
             self._free.clear()
 
         def one(unit: Unit) -> tuple[Result, Read]:
-            found, models = (
-                Read(),
-                self._free.pop() if self._free else on_huge_pages(torch.empty(size, dtype=group.dtype)),
-            )
+            found = Read()
+            models = self._free.pop() if self._free else on_huge_pages(torch.empty(size, dtype=group.dtype))
             stack = models[:size].view(shape)
             base, deltas = stack[0], stack[1:]
             square = sum(self._subtract(group, unit, base, deltas, *run) for run in self._runs(unit, group))

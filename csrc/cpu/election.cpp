@@ -13,6 +13,8 @@ constexpr std::int64_t GUESSED = 1 << 14;  // columns that are decided by one gu
 constexpr int LOW = 16, HIGH = 15;                       // bits of a magnitude: the digits that are counted
 constexpr std::int64_t COUNTED = std::int64_t{1} << 30;  // values whose counts 32 bits hold
 
+ISOMERGE_INLINE std::uint32_t high_digit(float value) { return bits<std::uint32_t>(value) << 1 >> (LOW + 1); }
+
 // Which digit the k-th largest value has; k becomes its rank among the values of that digit.
 std::uint32_t digit_of(const std::vector<std::int64_t>& counts, std::int64_t& k) {
   std::uint32_t digit = static_cast<std::uint32_t>(counts.size()) - 1;
@@ -79,12 +81,11 @@ void count_low_digits(const float* values, std::int64_t count, std::uint32_t hig
     const std::int64_t length = std::min(STEP, count - first);
     std::uint32_t found = 0;
     for (std::int64_t i = first; i < first + length; ++i) {
-      found |= (bits<std::uint32_t>(values[i]) << 1 >> (LOW + 1)) == high ? 1u : 0u;
+      found |= high_digit(values[i]) == high ? 1u : 0u;
     }
     if (!found) continue;
     for (std::int64_t i = first; i < first + length; ++i) {
-      const std::uint32_t magnitude = bits<std::uint32_t>(values[i]) & 0x7fffffffu;
-      if (magnitude >> LOW == high) ++counts[magnitude & ((1u << LOW) - 1)];
+      if (high_digit(values[i]) == high) ++counts[bits<std::uint32_t>(values[i]) & ((1u << LOW) - 1)];
     }
   }
 }
@@ -101,10 +102,10 @@ float kth_largest(const float* values, std::int64_t count, std::int64_t k) {
     std::fill(odd.begin(), odd.end(), 0);
     std::int64_t i = first;
     for (; i + 2 <= last; i += 2) {
-      ++even[bits<std::uint32_t>(values[i]) << 1 >> (LOW + 1)];
-      ++odd[bits<std::uint32_t>(values[i + 1]) << 1 >> (LOW + 1)];
+      ++even[high_digit(values[i])];
+      ++odd[high_digit(values[i + 1])];
     }
-    if (i < last) ++even[bits<std::uint32_t>(values[i]) << 1 >> (LOW + 1)];
+    if (i < last) ++even[high_digit(values[i])];
     for (std::size_t digit = 0; digit < totals.size(); ++digit) totals[digit] += std::int64_t{even[digit]} + odd[digit];
   }
   const std::uint32_t high = digit_of(totals, k);

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from isomerge.backends.draws import drop
+from isomerge.backends.draws import drop as drop  # "as": ops that other files hold
 from isomerge.backends.eigen import (
     TOLERANCE,
     Apply,
@@ -35,28 +35,11 @@ from isomerge.backends.eigen import (
     times,
     unresolved,
 )
-from isomerge.backends.election import elect, kth_largest
+from isomerge.backends.election import elect as elect
+from isomerge.backends.election import kth_largest as kth_largest
 from isomerge.backends.iterations import block_krylov, eigh
 from isomerge.backends.partial_eigen import leading_eigenvectors
 from isomerge.backends.side_by_side import matrices, side_by_side
-
-__all__ = [  # the names of `BACKENDS`, three of which are functions of other modules
-    "delta_sum",
-    "drop",
-    "elect",
-    "finalize",
-    "frobenius",
-    "kth_largest",
-    "matmul",
-    "polar",
-    "polar_product",
-    "principal",
-    "project_scale",
-    "rsvd",
-    "shift_cov",
-    "subspace",
-    "subtract",
-]
 
 TOKENS = 512
 """Tokens per Gram product: float32 sums of 2048 bfloat16 squares are off by 3e-6, of 512 by less than 1e-6."""
