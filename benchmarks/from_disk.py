@@ -148,11 +148,12 @@ def time_merges(folder: Path, program: str | None, rounds: int) -> tuple[list[li
                 if method and number == 0:
                     check(folder, name, method)
                 shutil.rmtree(folder / "out", ignore_errors=True)
-        bare = statistics.median(run.seconds for run in runs[BARE, ""])
+        bare, start = (statistics.median(run.seconds for run in runs[name, ""]) for name in (BARE, START))
         for (name, method), found in runs.items():
             walls = [run.seconds for run in found]
             wall, cpu = statistics.median(walls), statistics.median(run.cpu_seconds for run in found)
             rate = ["", ""] if name == START else [f"{size / wall / 1e9:.2f}", f"{bare / wall:.0%}"]
+            rate.append(f"{bare / (wall - start):.0%}" if name == "isomerge" else "")
             span, peak = f"{min(walls):.1f} to {max(walls):.1f}", max(run.peak for run in found) / 1e6
             label = f"{name} {method}".strip()
             rows.append([label, state, len(found), f"{wall:.1f}", span, f"{cpu:.1f}", *rate, f"{peak:.0f}"])
@@ -204,7 +205,18 @@ def main() -> None:
     title = f"Merging {EXPERTS} bfloat16 experts of {parameters / 1e9:.2f}e9 parameters from disk to disk{about}"
     tables = [
         measure.table(
-            ("command", "cache", "runs", "s, median", "least to most", "CPU s", "GB/s", "of cat's speed", "peak MB"),
+            (
+                "command",
+                "cache",
+                "runs",
+                "s, median",
+                "least to most",
+                "CPU s",
+                "GB/s",
+                "of cat's speed",
+                "start-up apart",
+                "peak MB",
+            ),
             merges,
         ),
         measure.table(("Iso-C on two blocks, --max-memory 3GB: experts", "peak MB", "s"), bounded),

@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from isomerge import nonfinite, ops
 from isomerge.backends.side_by_side import single_threaded
+from isomerge.blend import Blend, blend
 from isomerge.deltas import RUNS_BYTES, Group, Mapped, Read, Result, Stack, Unit, empty_stack, moment_bytes
 from isomerge.errors import InputError
 from isomerge.memory import on_huge_pages
@@ -40,6 +41,18 @@ class MomentSource(Protocol):
         """YᵀY [d, d] of the layer with the weight `name`, or its inputs Y [tokens, n], tokens < n; InputError unless
         they are finite."""
         ...
+
+
+class Passage(NamedTuple):
+    """A unit of elements on its way through one thread, which reads it in one of two ways.
+
+    load()                 its base [m, n] and its deltas [T or 1, m, n], not to be kept: the next unit overwrites them
+    blend(scales, dtype)   the merged values, if the reduction of the deltas is the update, or None: see `blend.blend`
+    """
+
+    unit: Unit
+    load: Callable[[], tuple[Tensor, Tensor]]
+    blend: Callable[[Sequence[float], torch.dtype], Blend | None]
 
 
 class DeltaReader:
@@ -106,25 +119,18 @@ class DeltaReader:
             stack.bytes_read += len(group.units) * T * moment_bytes(group.moment_size, group.tokens, n)
         return stack
 
-    def map(self, group: Group, function: Callable[[Unit, Tensor, Tensor], Result]) -> Mapped[Result]:
-        """What `function` makes of each unit, its base [m, n] and its deltas [T or 1, m, n], on the CPU: called in the
-        thread that has read them, while they are in its cache. They are not to be kept, the next unit overwrites them.
-        """
+    def map(self, group: Group, function: Callable[[Passage], Result]) -> Mapped[Result]:
+        """What `function` makes of each unit of a group of elements, on the CPU: called in the thread that reads it."""
         mapped = Mapped[Result]()
-        shape = 1 + self._stacked(group), group.m, group.n
-        size = math.prod(shape)
+        size = (1 + self._stacked(group)) * group.m * group.n
         if any(buffer.numel() < size or buffer.dtype != group.dtype for buffer in self._free):
             self._free.clear()
 
         def one(unit: Unit) -> tuple[Result, Read]:
-            found = Read()
-            models = self._free.pop() if self._free else on_huge_pages(torch.empty(size, dtype=group.dtype))
-            stack = models[:size].view(shape)
-            base, deltas = stack[0], stack[1:]
-            square = sum(self._subtract(group, unit, base, deltas, *run) for run in self._runs(unit, group))
-            self._prove(found, group, unit, base, deltas, square)
-            result = function(unit, base, deltas)
-            self._free.append(models)
+            found, memory = Read(), list[Tensor]()
+            load, blended = partial(self._load, group, unit, found, memory), partial(self._blend, group, unit, found)
+            result = function(Passage(unit, load, blended))
+            self._free += memory
             return result, found
 
         for result, found in self._each([partial(one, unit) for unit in group.units]):
@@ -158,6 +164,25 @@ class DeltaReader:
         together = sum(model.tensors[name].dtype.itemsize for model, name in self._sources(unit))
         return min(RUN_ELEMENTS, max(RUNS_BYTES // together, LEAST_ELEMENTS))
 
+    def _load(self, group: Group, unit: Unit, found: Read, memory: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The base [m, n] and the deltas [T or 1, m, n] of a unit, in memory that is added to `memory`."""
+        shape = 1 + self._stacked(group), group.m, group.n
+        size = math.prod(shape)
+        memory.append(self._free.pop() if self._free else on_huge_pages(torch.empty(size, dtype=group.dtype)))
+        stack = memory[-1][:size].view(shape)
+        base, deltas = stack[0], stack[1:]
+        square = sum(self._subtract(group, unit, base, deltas, *run) for run in self._runs(unit, group))
+        self._prove(found, group, unit, base, deltas, square)
+        return base, deltas
+
+    def _blend(
+        self, group: Group, unit: Unit, found: Read, scales: Sequence[float], dtype: torch.dtype
+    ) -> Blend | None:
+        blended = blend(self._sources(unit), self._weights, unit, group, scales, dtype)
+        if blended is not None:
+            self._count(found, unit, blended.sum_square)
+        return blended
+
     def _subtract(self, group: Group, unit: Unit, base: Tensor, deltas: Tensor, first: int, count: int) -> float:
         """Fills rows of the base [m, n] and of the deltas [T, m, n], or of their reduction; returns ||sum||²."""
         rows = slice(first, first + count)
@@ -182,7 +207,6 @@ class DeltaReader:
         values, for one NaN or Inf in any model makes it NaN or Inf; else each is looked at.
         """
         sources, reduced = list(zip(self._experts, unit.sources, strict=True)), group.reduction != "none"
-        found.bytes_read += self.base_bytes(unit) + sum(_nbytes(expert, name, unit) for expert, name in sources)
         if not math.isfinite(square):
             nonfinite.check_base(base, self._base, unit.name)
             for t, (expert, name) in enumerate(sources):
@@ -195,6 +219,11 @@ class DeltaReader:
             square = ops.frobenius(deltas.sum(0)) ** 2
             if group.reduction == "mean":
                 deltas /= len(self._experts)
+        self._count(found, unit, square)
+
+    def _count(self, found: Read, unit: Unit, square: float) -> None:
+        """Notes that all of a unit was read; `square` is ||sum of the deltas||²."""
+        found.bytes_read += sum(_nbytes(model, name, unit) for model, name in self._sources(unit))
         found.sum_squares.append(square)
 
     def _delta(self, t: int, group: Group, unit: Unit, base: Tensor) -> Tensor:

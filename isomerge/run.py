@@ -25,7 +25,7 @@ from torch import Tensor
 from isomerge import ops
 from isomerge.assignments import Assignment
 from isomerge.checkpoint import Checkpoint, Receipt
-from isomerge.delta_reader import DeltaReader
+from isomerge.delta_reader import DeltaReader, Passage
 from isomerge.deltas import PIECE_ELEMENTS, Mapped, Stack, Unit
 from isomerge.errors import InputError
 from isomerge.memory import give_back, peak_rss, resident
@@ -220,9 +220,12 @@ class _Run:
         if not streams(step) or self._job.place.memory() is not None:
             return self._reader.read(step.group)
 
-        def written(unit: Unit, base: Tensor, deltas: Tensor) -> Written:
-            started = time.perf_counter()
-            merged = self._merged(step, unit, self._update(step, unit, deltas), base, started)
+        def written(passage: Passage) -> Written:
+            unit, merged = passage.unit, self._blended(step, passage)
+            if merged is None:
+                base, deltas = passage.load()
+                started = time.perf_counter()
+                merged = self._merged(step, unit, self._update(step, unit, deltas), base, started)
             before, assignment, receipts = time.perf_counter(), self._assignments[unit.name], list[Receipt]()
             for output, values in enumerate(merged.values):
                 receipts += self._store(assignment, self._as_stored(step, values), unit.start, output)
@@ -313,8 +316,8 @@ class _Run:
     def _update(self, step: Step, unit: Unit, deltas: Tensor) -> Tensor:
         """The update [m, n] of one unit, by its deltas [T, m, n]."""
         method = METHODS[step.call.method]
-        if method.elementwise and step.group.reduction != "none":
-            return deltas[0]  # such a reduction is the update; the method would copy it
+        if _reduced(step):
+            return deltas[0]  # the method would copy it
         drawn = {"seed": unit_seed(self._job.plan.settings.seed, unit.label)} if method.seeded else {}
         if method.seeded and method.chunkable:
             drawn["first"] = unit.start
@@ -348,6 +351,18 @@ class _Run:
             values.append(ops.finalize(base, update, scale, out_dtype=dtype) if norm else base.to(dtype, copy=True))
             self._check_range(assignment, values[-1])
         return Merged(tuple(values), norm**2, time.perf_counter() - started)
+
+    def _blended(self, step: Step, passage: Passage) -> Merged | None:
+        """A unit that needs no more than its reduction, if it can be had in one go; in any thread."""
+        if not _reduced(step):
+            return None
+        assignment, started = self._assignments[passage.unit.name], time.perf_counter()
+        blend = passage.blend(step.call.alphas, assignment.out_dtype)
+        if blend is None:
+            return None
+        for values in blend.values:
+            self._check_range(assignment, values)
+        return Merged(blend.values, blend.update_square, time.perf_counter() - started)
 
     def _put(self, step: Step, unit: Unit, outcome: Outcome, merged: Merged, receipts: list[Receipt]) -> None:
         """A merged unit to each output."""
@@ -399,6 +414,11 @@ class _Run:
             plan = self._job.plan
             total = plan.bytes_read + plan.bytes_written
             self._progress(Progress(self._bytes_done, total, self._matrices_done, plan.matrices, name))
+
+
+def _reduced(step: Step) -> bool:
+    """Whether the reduction of the deltas, formed as they are read, is the update."""
+    return METHODS[step.call.method].elementwise and step.group.reduction != "none"
 
 
 def unit_seed(seed: int, label: str) -> int:

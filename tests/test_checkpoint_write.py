@@ -12,6 +12,7 @@ import resource
 import select
 import signal
 import time
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from checkpoints import model_files, random_tensor, same, small_state_dict, writ
 from safetensors import safe_open
 
 from isomerge.checkpoint import MemoryWriter, TensorSpec, Writer, open_checkpoint, shard_files, staging
+from isomerge.checkpoint.files import crc32, crc32_at, memory_of
 from isomerge.errors import InputError
 
 
@@ -419,3 +421,13 @@ def test_a_disk_that_fails_while_the_file_grows(tmp_path, monkeypatch):
         writer.commit()
     assert failed == [tmp_path / ".out.partial" / "model.safetensors.part"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_checksum_is_zlibs(tmp_path: Path) -> None:
+    for count in (0, 1, 63, 4099, 5 << 20):
+        values = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
+        raw = bytes(values.tolist()) if count < 10_000 else memory_of(values).tobytes()
+        (tmp_path / "file").write_bytes(b"ab" + raw)
+        fd = os.open(tmp_path / "file", os.O_RDONLY)
+        assert crc32(values) == crc32_at(fd, 2, count) == zlib.crc32(raw)
+        os.close(fd)

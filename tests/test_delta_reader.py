@@ -15,7 +15,7 @@ from torch import Tensor
 
 from isomerge import delta_reader, merge_state_dicts, methods
 from isomerge.checkpoint import open_checkpoint
-from isomerge.delta_reader import DeltaReader
+from isomerge.delta_reader import DeltaReader, Passage
 from isomerge.deltas import Group, Unit
 from isomerge.errors import InputError
 
@@ -59,6 +59,12 @@ def expected(models: list[dict[str, Tensor]], unit: Unit, transposed: bool) -> T
     return values.mT if transposed else values
 
 
+def values(passage: Passage) -> Tensor:
+    """[1 + T, m, n] or [2, m, n]: base and deltas, copied."""
+    base, deltas = passage.load()
+    return torch.cat([base[None], deltas])
+
+
 def group_of(transposed: bool) -> Group:
     return Group(N if transposed else M, M if transposed else N, transposed, torch.float32, UNITS)
 
@@ -83,9 +89,9 @@ def test_deltas_are_those_of_the_definition(
     with opened(models, tmp_path, suffix, workers=workers) as reader:
         assert open_checkpoint(tmp_path / f"2{suffix}").in_order("a") is (suffix != ".pt")
         stack = reader.read(group)
-        mapped = reader.map(group, lambda unit, base, deltas: torch.cat([base[None], deltas]))
+        mapped = reader.map(group, values)
         summed, mean = (reader.read(replace(group, reduction=name)) for name in ("sum", "mean"))
-        means = reader.map(replace(group, reduction="mean"), lambda unit, base, deltas: torch.cat([base[None], deltas]))
+        means = reader.map(replace(group, reduction="mean"), values)
         bases = [reader.read_base(unit, group) for unit in UNITS]
     for unit, deltas, base, result, alone in zip(UNITS, stack.deltas, stack.base, mapped.results, bases, strict=True):
         exact = expected(models, unit, transposed)
@@ -112,7 +118,7 @@ def test_what_is_mapped_runs_in_a_thread_with_one_thread_of_torch(
 ) -> None:
     threads = torch.get_num_threads()
     with opened(models, tmp_path, workers=2) as reader:
-        mapped = reader.map(group_of(False), lambda unit, base, deltas: torch.get_num_threads())
+        mapped = reader.map(group_of(False), lambda passage: torch.get_num_threads())
     assert mapped.results == [1, 1]
     with ThreadPoolExecutor(1) as pool:  # a thread's first call takes over the number that was set last anywhere
         assert pool.submit(lambda: torch.ones(1).add_(1) and torch.get_num_threads()).result() == threads
@@ -130,10 +136,10 @@ def test_values_that_are_not_finite_are_found_in_every_run(
     reduction = how.split()[-1] if how not in ("read", "map") else "none"
     group = replace(group_of(False), reduction=reduction)
     with opened(models, tmp_path) as reader, pytest.raises(InputError, match=r"2\.safetensors: b: 2 non-finite values"):
-        reader.map(group, lambda unit, base, deltas: None) if "map" in how else reader.read(group)
+        reader.map(group, values) if "map" in how else reader.read(group)
     with opened(models, tmp_path, allow_nonfinite=True) as reader:
         if "map" in how:
-            found = reader.map(group, lambda unit, base, deltas: deltas.clone())
+            found = reader.map(group, lambda passage: values(passage)[1:])
             deltas = found.results[1]
         else:
             found = reader.read(group)
@@ -152,7 +158,7 @@ def test_a_base_that_is_not_finite_and_a_difference_that_overflows(
 
     def fails(message: str) -> None:
         with opened(models, tmp_path, allow_nonfinite=True) as reader, pytest.raises(InputError, match=message):
-            reader.map(group, lambda unit, base, deltas: None) if mapped else reader.read(group)
+            reader.map(group, values) if mapped else reader.read(group)
 
     models[0]["a"][0, 0], models[1]["a"][0, 0] = 3e38, -3e38
     fails(r"1\.safetensors: a: 1 differences from the base overflow float32")

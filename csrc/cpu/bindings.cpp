@@ -4,18 +4,22 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "draws.h"
 #include "election.h"
+#include "files.h"
 #include "passes.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using Given = std::pair<std::uintptr_t, int>;  // address, dtype
+using Given = std::pair<std::uintptr_t, int>;             // address, dtype
+using GivenStretch = std::tuple<int, std::int64_t, int>;  // file, offset, dtype
 
 template <class Pointer>
 Pointer at(std::uintptr_t address) {
@@ -23,6 +27,10 @@ Pointer at(std::uintptr_t address) {
 }
 
 Values values(const Given& given) { return {at<const void*>(given.first), static_cast<Dtype>(given.second)}; }
+
+Stretch stretch(const GivenStretch& given) {
+  return {std::get<0>(given), std::get<1>(given), static_cast<Dtype>(std::get<2>(given))};
+}
 
 }  // namespace
 
@@ -55,6 +63,23 @@ PYBIND11_MODULE(_cpu, module) {
                  static_cast<Dtype>(out.second));
       },
       py::arg("base"), py::arg("update"), py::arg("scale"), py::arg("count"), py::arg("out"));
+  module.def(
+      "blend",
+      [](const GivenStretch& base, const std::vector<GivenStretch>& tuned, const std::vector<float>& weights,
+         std::int64_t count, int reduction, const std::vector<float>& scales, const std::vector<std::uintptr_t>& outs,
+         int dtype) -> std::optional<std::pair<double, double>> {
+        std::vector<Stretch> tasks;
+        for (const GivenStretch& task : tuned) tasks.push_back(stretch(task));
+        std::vector<void*> merged;
+        for (const std::uintptr_t address : outs) merged.push_back(at<void*>(address));
+        const py::gil_scoped_release released;
+        const auto squares = blend(stretch(base), tasks, weights, count, static_cast<Reduction>(reduction), scales,
+                                   merged, static_cast<Dtype>(dtype));
+        if (!squares) return std::nullopt;
+        return std::make_pair(squares->sum, squares->update);
+      },
+      py::arg("base"), py::arg("tuned"), py::arg("weights"), py::arg("count"), py::arg("reduction"),
+      py::arg("scales"), py::arg("outs"), py::arg("dtype"));
   module.def(
       "kth_largest",
       [](std::uintptr_t address, std::int64_t count, std::int64_t k) {

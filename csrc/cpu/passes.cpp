@@ -7,7 +7,7 @@ namespace {
 constexpr std::int64_t BLOCK = 1024;  // elements at a time: three arrays of 4 KiB stay in the first cache
 constexpr std::int64_t LANES = 16;    // partial sums, so that the order of additions is that of no vector's width
 
-struct Squares {
+struct Lanes {
   double lanes[LANES] = {};
 
   ISOMERGE_INLINE void add(const float* __restrict values, std::int64_t count) {
@@ -40,7 +40,7 @@ double subtract(Values base, const std::vector<Values>& tuned, const std::vector
   float* __restrict const sum = total;
   const std::int64_t tasks = static_cast<std::int64_t>(tuned.size());
   const float divisor = reduction == Reduction::mean ? static_cast<float>(tasks) : 1.0f;
-  Squares squares;
+  Lanes squares;
   for (std::int64_t first = 0; first < count; first += BLOCK) {
     const std::int64_t length = std::min(BLOCK, count - first);
     float* __restrict origin = base_out + first;
@@ -71,7 +71,7 @@ double subtract(Values base, const std::vector<Values>& tuned, const std::vector
 
 ISOMERGE_CLONES
 double sum_squares(const float* values, std::int64_t count) {
-  Squares squares;
+  Lanes squares;
   squares.add(values, count);
   return squares.total();
 }

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ PIECE = 2**18
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `Dtype` of csrc/cpu/values.h
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}  # `Reduction` of csrc/cpu/passes.h
+
+
+class Stretch(NamedTuple):
+    """Elements of an open file from the byte `offset` on."""
+
+    file: int  # descriptor
+    offset: int
+    dtype: torch.dtype
 
 
 def availability() -> str | None:
@@ -71,6 +79,31 @@ def subtract(
         *(base_out.data_ptr(), out.data_ptr(), out.stride(0)),
     )
     return square
+
+
+def blend(
+    models: Sequence[Stretch],
+    count: int,
+    *,
+    weights: Sequence[float],
+    reduction: str,
+    scales: Sequence[float],
+    out_dtype: torch.dtype,
+) -> tuple[tuple[Tensor, ...], float, float] | None:
+    """`subtract` by a reduction and `finalize` for each scale, on elements that are read in blocks. One thread.
+
+    The merged values [count] and the squared norms of the sum of the deltas and of the update. None where a block is
+    not read, where its update is not finite or is zero, and for dtypes that are others' business.
+    """
+    if not {out_dtype, *(model.dtype for model in models)} <= _DTYPES.keys():
+        return None
+    values = tuple(torch.empty(count, dtype=out_dtype) for _ in scales)
+    base, *tuned = ((model.file, model.offset, _DTYPES[model.dtype]) for model in models)
+    squares = _extension().blend(
+        *(base, tuned, weights, count, _REDUCTIONS[reduction], scales),
+        *([merged.data_ptr() for merged in values], _DTYPES[out_dtype]),
+    )
+    return None if squares is None else (values, *squares)
 
 
 def frobenius(A: Tensor) -> float:

@@ -11,7 +11,6 @@ import os
 import stat
 import threading
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from isomerge.errors import InputError
+
+try:
+    from isal.isal_zlib import crc32 as _crc32  # the same numbers by products without carry: 40 GB/s, not 2.6
+except ModuleNotFoundError:  # a machine for which it is not packaged
+    from zlib import crc32 as _crc32
 
 _BLOCK = 4 << 20  # bytes read at a time for a checksum
 _MAX_CALL = 1 << 30  # bytes; Linux moves at most 2 GiB - 4 KiB per call, macOS 2 GiB - 1
@@ -92,14 +96,14 @@ def write_from(fd: int, offset: int, tensor: Tensor) -> None:
 
 def crc32(tensor: Tensor) -> int:
     """Of the bytes of a contiguous CPU tensor."""
-    return zlib.crc32(memory_of(tensor))
+    return _crc32(memory_of(tensor))
 
 
 def crc32_at(fd: int, offset: int, count: int) -> int:
     """Of the `count` bytes at `offset`, or those up to the end of the file."""
     value = 0
     while count > 0 and (part := os.pread(fd, min(count, _BLOCK), offset)):
-        value = zlib.crc32(part, value)
+        value = _crc32(part, value)
         offset += len(part)
         count -= len(part)
     return value

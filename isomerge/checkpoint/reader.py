@@ -81,6 +81,15 @@ class Checkpoint(ABC):
         """Whether a tensor's elements stand as they are read: then reading a part costs what the part holds."""
         return True
 
+    @contextmanager
+    def stretch(self, name: str, start: int = 0) -> Iterator[tuple[int, int] | None]:
+        """Where a tensor's elements from flat index `start` lie: a file's descriptor and a byte in it, for the block.
+
+        None where they are in no file, or not `in_order`. InputError, at the end of the block, if the file is no longer
+        the one that was opened.
+        """
+        yield None
+
     @abstractmethod
     def _fill(self, info: TensorInfo, start: int, out: Tensor) -> None:
         """Put the elements from flat index `start` into the 1-D tensor `out`."""
@@ -162,17 +171,33 @@ class FileCheckpoint(Checkpoint):
     def close(self) -> None:
         self._pool.close()
 
+    @contextmanager
+    def stretch(self, name: str, start: int = 0) -> Iterator[tuple[int, int] | None]:
+        if not self.in_order(name):
+            yield None
+            return
+        info = self.tensors[self.aliases.get(name, name)]
+        with self._opened(info) as fd:
+            yield fd, info.offset + start * info.dtype.itemsize
+
     def _fill(self, info: TensorInfo, start: int, out: Tensor) -> None:
+        with self._opened(info) as fd:
+            if not self._fill_from(fd, info, start, out):
+                raise _changed(info.file)
+
+    @contextmanager
+    def _opened(self, info: TensorInfo) -> Iterator[int]:
+        """The file of a tensor, for reading in the block."""
         try:
             with self._pool.use(info.file) as fd:
-                complete = self._fill_from(fd, info, start, out)
+                yield fd
                 # Asked after the read, so that a change at any moment since the header was read is seen.
                 unchanged = Stamp.of(fd) == self._stamps[info.file]
         except FileNotFoundError:
             raise _changed(info.file) from None
         except OSError as error:
             raise OSError(error.errno, f"cannot read tensor {info.name!r}: {error.strerror}", str(info.file)) from error
-        if not (complete and unchanged):
+        if not unchanged:
             raise _changed(info.file)
 
     def _fill_from(self, fd: int, info: TensorInfo, start: int, out: Tensor) -> bool:
