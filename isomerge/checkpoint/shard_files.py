@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from isomerge.checkpoint.files import FilePool, crc32_at, write_from
+from isomerge.checkpoint.files import FilePool, crc32_at, memory_of, write_from
 from isomerge.checkpoint.shards import Shard
 from isomerge.checkpoint.staging import sync
 from isomerge.checkpoint.sums import GrowingSum, sha256_of
@@ -21,8 +21,8 @@ _MAX_OPEN = 64  # shards; groups of equal matrices go through all of them in tur
 
 
 class ShardFiles:
-    """The same shards in each of the folders `outputs` below `folder`. In a thread of their own, files are flushed to
-    the disk and summed as they grow, and those that are complete are fsynced and renamed, while others are written.
+    """The same shards in each of the folders `outputs` below `folder`, summed as they are written. In a thread of their
+    own, files are flushed to the disk as they grow, and those that are complete are fsynced and renamed.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ShardFiles:
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="isomerge-finish")
         self._sums: dict[str, Future[str]] = {}
         self._growing = {
-            path: GrowingSum(len(shard.header))
+            path: GrowingSum(folder / (path + PART), len(shard.header))
             for paths in self._paths
             for path, shard in zip(paths, shards, strict=True)
         }
@@ -72,7 +72,7 @@ class ShardFiles:
         path, begin = self._paths[output][index], offset + start * itemsize
         with self._pool.use(self.file(output, name)) as fd:
             write_from(fd, begin, values)
-        self._growing[path].arrived(begin, begin + values.nbytes)
+        self._growing[path].arrived(begin, memory_of(values))
         with self._lock:
             self._unflushed[path] = self._unflushed.get(path, 0) + values.nbytes
             if self._unflushed[path] >= FLUSH_BYTES:
@@ -130,14 +130,12 @@ class ShardFiles:
             self._sums[path] = self._finisher.submit(self._finish_file, path)
 
     def _flush(self, path: str) -> None:
-        part = self._folder / (path + PART)
-        sync(part)
-        self._growing[path].advance(part)
+        sync(self._folder / (path + PART))
 
     def _finish_file(self, path: str) -> str:
         part = self._folder / (path + PART)
         sync(part)
-        digest = self._growing[path].finish(part)
+        digest = self._growing[path].finish()
         os.rename(part, self._folder / path)
         self._tell(path, digest)
         return digest
