@@ -40,7 +40,7 @@ not."""
 
 
 class Primitives(Protocol):
-    """What a backend supplies. X [..., r, b]; G, P, A, B, C [..., r, r]."""
+    """What a backend supplies. X [..., r, b]; G, P [..., r, r]."""
 
     formats: tuple[str, ...]
     """The rows of `FORMATS` that this backend computes in; "fp64" is always one of them."""
@@ -53,9 +53,6 @@ class Primitives(Protocol):
 
     def apply(self, P: Tensor, X: Tensor, a: float, *, format: str) -> Tensor:
         """P X + a X [..., r, b]. 2 r² b FLOP."""
-
-    def symmetric(self, A: Tensor, B: Tensor, C: Tensor, a: float, *, format: str) -> Tensor:
-        """A B + a C [..., r, r] of symmetric A, B, C, of which A and B commute; symmetric to the bit. r³ FLOP."""
 
 
 PLANE_PRODUCTS: Mapping[str, tuple[tuple[int, int], ...]] = MappingProxyType(
@@ -91,9 +88,6 @@ class TorchPrimitives:
     def apply(self, P: Tensor, X: Tensor, a: float, *, format: str) -> Tensor:
         left, right = self._operands(P, X, format)
         return self._multiply(left, right, format).add_(X, alpha=a)
-
-    def symmetric(self, A: Tensor, B: Tensor, C: Tensor, a: float, *, format: str) -> Tensor:
-        return _mirrored(self._lower(A, B, format).add_(C, alpha=a))
 
     def _lower(self, A: Tensor, B: Tensor, format: str) -> Tensor:
         """A B [..., r, r] by panels of rows, each up to its diagonal; what is right of them is arbitrary."""

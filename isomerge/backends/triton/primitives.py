@@ -33,8 +33,3 @@ class TritonPrimitives:
         if format == "fp64":
             return self.double.apply(P, X, a, format=format)
         return gemm(planes(P, format), planes(X.mT, format), X.shape, format, addend=X, beta=a)
-
-    def symmetric(self, A: Tensor, B: Tensor, C: Tensor, a: float, *, format: str) -> Tensor:
-        if format == "fp64":
-            return self.double.symmetric(A, B, C, a, format=format)
-        return gemm(planes(A, format), planes(B, format), A.shape, format, addend=C, beta=a, symmetric=True)
