@@ -30,6 +30,7 @@ RECIPES: dict[str, dict[str, object]] = {
     "iso_c": {},
     "esm": {},
     "ties": {},
+    "task_arithmetic": {},
     "iso_cts": {"parameters": {"alpha": [0.8, 1.0]}},
 }
 
