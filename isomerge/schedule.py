@@ -86,11 +86,11 @@ def costs(step: Step, experts: int, *, on_gpu: bool = False) -> tuple[int, int]:
     # Deltas, moments and base, of this group and of the next that is being read.
     held = 2 * (stacked + 1) * elements + 2 * experts * moment
     updates = 2 * elements + workspace
-    # A raw tensor from a file, the merged ones, and one that is being written.
-    single = max(elements, stored) + (outputs + 1) * elements
+    # A raw tensor from a file, the merged ones, one that is being written, and what one matrix at a time takes.
+    single = max(elements, stored) + (outputs + 1) * elements + method.alone_floats(group.m, group.n)
     if method.seeded:  # called on one unit after the other
         return int((single + updates) * group.dtype.itemsize), held * group.dtype.itemsize
-    return single * group.dtype.itemsize, int((held + updates) * group.dtype.itemsize)
+    return int(single * group.dtype.itemsize), int((held + updates) * group.dtype.itemsize)
 
 
 @dataclass(frozen=True, slots=True)

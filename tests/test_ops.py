@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -78,6 +79,31 @@ def test_singular_values_at_the_null_threshold(side: int) -> None:
     for backend in ON_CPU:
         assert ops.polar(A, backend=backend).rank == side - 1
         assert ops.polar(A, backend=backend, rtol=1e-8).rank == side
+
+
+def test_float64_svds_wait_for_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes memory that a plan counts once."""
+    S = torch.logspace(0, -7, 60, dtype=torch.float64)
+    ill = torch.stack([(orthonormal(60, 60, seed) * S) @ orthonormal(60, 60, seed + 4).mT for seed in range(4)])
+    inside, most, calls, svd = 0, 0, 0, torch.linalg.svd
+
+    def counted(matrix: Tensor, **options: bool) -> object:
+        nonlocal inside, most, calls
+        inside, calls = inside + 1, calls + 1
+        most = max(most, inside)
+        time.sleep(0.02)
+        result = svd(matrix, **options)
+        inside -= 1
+        return result
+
+    monkeypatch.setattr(torch.linalg, "svd", counted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        ops.polar(ill, rtol=0.0, backend="eager")
+    finally:
+        torch.set_num_threads(before)
+    assert (calls, most) == (4, 1)
 
 
 def test_float64_svd_answers_only_for_ill_conditioned_input(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -294,6 +294,20 @@ def test_elements_take_the_memory_of_as_many_units_as_there_are_workers() -> Non
         plan(3, process_bytes(3) + unit - 1)
 
 
+def test_what_one_matrix_at_a_time_takes_is_counted_once() -> None:
+    state = {f"layers.{i}.weight": torch.empty(1).expand(512, 2048) for i in range(4)}
+
+    def peak(group_bytes: int) -> int:
+        plan = plan_of(state, *[state] * 3, method="iso_c", group_bytes=group_bytes)
+        return max(step_bytes(step, 3, 1) for step in plan.steps)
+
+    row, elements = METHODS["iso_c"], 512 * 2048
+    assert row.alone_floats(512, 2048) > 0
+    unit = 4 * (6 * elements + int(row.peak_floats(512, 2048, 3)))  # deltas and base twice, base + update; the call
+    assert peak(2**40) - peak(1) == 3 * unit
+    assert peak(1) == unit + 4 * (3 * elements + int(row.alone_floats(512, 2048)))  # a raw tensor, two merged ones
+
+
 def test_tasks_that_are_computed_side_by_side_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a single unit four threads take four tasks, each with memory of its own; of four units they take the units."""
     state = {f"layers.{i}.weight": torch.empty(1).expand(1024, 1024) for i in range(4)}

@@ -10,6 +10,7 @@ at hand (`partial_eigen.py`), they come from it in float64: 37 ms for an eighth 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 
 import torch
@@ -40,6 +41,8 @@ FILTER_MIN_SIDE, FILTER_MAX_SHARE = 512, 1 / 24
 
 BLOCK = 128
 """Columns per block of a triangular Gram product: 0.64x of the full product at 3072 x 768, least of 96 to 384."""
+
+_SVD = threading.Lock()
 
 
 def gram(B: Tensor) -> Tensor:
@@ -145,10 +148,14 @@ def polar_by_eigenvectors(A: Tensor, rtol: float, tolerance: float) -> tuple[Ten
 
 
 def polar_by_svd(A: Tensor, rtol: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Polar factor [m, n], nuclear norm and rank of A [m, n] by its definition, in its own dtype."""
-    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
-    kept = S > rtol * S[0]
-    return (U * kept) @ Vh, (S * kept).sum(), kept.sum()
+    """Polar factor [m, n], nuclear norm and rank of A [m, n] by its definition, in its own dtype.
+
+    One matrix at a time, whatever the threads: it takes half as much memory again as all else, and is seldom needed.
+    """
+    with _SVD:
+        U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+        kept = S > rtol * S[0]
+        return (U * kept) @ Vh, (S * kept).sum(), kept.sum()
 
 
 def mixing(values: Tensor, k: int, noise: float) -> float:
