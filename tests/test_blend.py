@@ -7,7 +7,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -81,13 +81,13 @@ def ordinary(
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Callable[[Sequence[Tensor]], list[Checkpoint]]:
-    stack = ExitStack()
+def opened(tmp_path: Path) -> Iterator[Callable[[Sequence[Tensor]], list[Checkpoint]]]:
+    with ExitStack() as stack:
 
-    def open_all(models: Sequence[Tensor]) -> list[Checkpoint]:
-        return [stack.enter_context(open_checkpoint(path)) for path in saved(tmp_path, models)]
+        def open_all(models: Sequence[Tensor]) -> list[Checkpoint]:
+            return [stack.enter_context(open_checkpoint(path)) for path in saved(tmp_path, models)]
 
-    return open_all
+        yield open_all
 
 
 # ---- what it gives

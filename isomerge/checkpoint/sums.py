@@ -43,8 +43,9 @@ class GrowingSum:
                 if begin == self._summed:
                     self._sum.update(content)
                     self._summed = end
-                while self._summed < self._end and self._read(self._end):
-                    pass  # more has arrived meanwhile
+                more = True
+                while more and self._summed < self._end:  # which moves on meanwhile
+                    more = self._read(self._end)
             finally:
                 self._summing.release()
 
