@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "cholesky.cuh"
+#include "device_limits.cuh"
 #include "jacobi.cuh"
 #include "project_scale.cuh"
 #include "shift_cov.cuh"
@@ -71,9 +72,20 @@ int device_count() {
 std::string status() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error == cudaSuccess) return std::to_string(count) + " device" + (count == 1 ? "" : "s");
-  cudaGetLastError();
-  return std::string("no device: ") + cudaGetErrorName(error);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return std::string("no device: ") + cudaGetErrorName(error);
+  }
+  for (int device = 0; device < count; ++device) {
+    int shared = 0;
+    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (shared < isomerge::kMaxSharedBytes) {
+      return "no device: number " + std::to_string(device) + " gives a thread block " + std::to_string(shared / 1024) +
+             " KB of shared memory, expected " + std::to_string(isomerge::kMaxSharedBytes / 1024) +
+             ", as compute capabilities 8.0, 9.0 and 10.0 do";
+    }
+  }
+  return std::to_string(count) + " device" + (count == 1 ? "" : "s");
 }
 
 }  // namespace

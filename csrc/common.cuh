@@ -9,7 +9,6 @@ namespace isomerge {
 
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
-inline constexpr int kMaxSharedBytes = 227 * 1024;  // per block on sm_90; sm_80 has 163 KB
 
 template <class Integer>
 constexpr __host__ __device__ Integer ceil_div(Integer a, Integer b) {

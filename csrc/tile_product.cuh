@@ -10,6 +10,7 @@
 // sum, against 6 to 12 additions of 16 products each on the tensor core.
 #pragma once
 
+#include <device_limits.cuh>
 #include <launch.cuh>
 #include <shared_tile.cuh>
 
@@ -46,7 +47,7 @@ struct TileProduct {
 
   static_assert(kRowGroups * kRowStep == kM && kColGroups / 2 * kColStep == kN);
   static_assert(kConfig.depth % 16 == 0 && kConfig.stages >= 2);
-  static_assert(kSharedBytes <= 163 * 1024, "sm_80 gives a block no more");
+  static_assert(kSharedBytes <= kMaxSharedBytes);
 
   // Sums of one thread: rows row(i), row(i) + 8 and columns col(j), col(j) + 1 of the block's tile, in the order
   // (row, col), (row, col + 1), (row + 8, col), (row + 8, col + 1).

@@ -57,7 +57,7 @@ def merge(
     """Merges the checkpoints of a recipe into the folder `out` and returns what happened.
 
     `recipe` is a YAML file, or its content as a mapping (relative paths then start at the working directory).
-    `group_bytes` bounds the deltas and moments that are read at a time, one unit at least; by default the plan chooses.
+    `group_bytes` bounds the deltas and moments that a CPU reads at a time, one unit at least; else the plan chooses.
     `max_memory` bounds the process's memory, in bytes. On a `device` such as "cuda" groups are computed there, within
     `max_gpu_memory`, by default nine tenths of what is free. `workers` threads read side by side, by default as many
     as torch has. No result depends on the bounds or on their number.

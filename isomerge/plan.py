@@ -17,7 +17,7 @@ from isomerge.assignments import Assignment, Calls, assign, with_layer_types, wi
 from isomerge.deltas import Group, Unit, cut, moment_bytes, pieces
 from isomerge.families import Family
 from isomerge.methods import METHODS
-from isomerge.schedule import Bound, Step, physical_bytes, process_bytes, staging, step_bytes
+from isomerge.schedule import Bound, Step, gpu_step_bytes, physical_bytes, process_bytes, staging, step_bytes
 from isomerge.settings import Settings
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Plan:
         if not self.on_gpu:
             return 0
         experts = len(self.settings.models)
-        return max((step_bytes(step, experts, self.workers, on_gpu=True) for step in self.steps), default=0)
+        return max((gpu_step_bytes(step, experts) for step in self.steps), default=0)
 
 
 def build_plan(
@@ -135,8 +135,9 @@ def build_plan(
     `group_bytes` bounds the deltas and moments of one group, one unit at least. Without it, a group has a unit for each
     thread as far as the merge stays below `max_memory`: by default the size of the base + 3 times the deltas and
     moments of the largest tensor + 500 MB, and half of the machine's memory at most. With `gpu_memory`, groups are on a
-    GPU, and as large as it allows. Of elements, memory holds as many units as there are `workers`, by default torch's
-    threads. No result depends on any of these. InputError for a bound given that one unit passes.
+    GPU, and of a size that depends on their shape alone. Of elements, memory holds as many units as there are
+    `workers`, by default torch's threads. No result depends on any of these. InputError for a bound given that one
+    unit, on a GPU one group, passes.
     """
     calls = Calls(settings)
     family = families.recognise({name: info.shape for name, info in base.tensors.items()})

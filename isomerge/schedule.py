@@ -24,9 +24,9 @@ THREAD_BYTES = 26 * 2**20  # that malloc keeps back for each thread beyond two (
 
 SHIFT_TOKENS = 512  # whose shifts are in memory at a time: TOKENS of backends/eager.py, which a plan does not load
 
-GPU_GROUP_BYTES = 2 * 2**30
-"""Of the deltas that a GPU computes together: at T = 8 the 113 matrices of 768 x 768 of this size are one batch, where
-a single one has 21 tiles for 132 multiprocessors."""
+GPU_GROUP_BYTES = 4 * 2**30
+"""Of what the units of a group take on a GPU: 12 matrices of 768 x 768 by TSV-M at T = 8, of which one has 21 tiles for
+132 multiprocessors. One number for every device and budget, for the bits of a batch may depend on its size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,23 +74,47 @@ def layer_type(name: str) -> str:
     return ".".join(parts)
 
 
-def costs(step: Step, experts: int, *, on_gpu: bool = False) -> tuple[int, int]:
+def costs(step: Step, experts: int) -> tuple[int, int]:
     """Bytes of working memory of a step: (whatever the number of units, per unit in memory), one task at a time."""
     group, method = step.group, METHODS[step.call.method]
-    stacked = experts if group.reduction == "none" else 1
-    elements, moment, stored = group.m * group.n, group.moment_size**2, stored_floats(group)
-    workspace, outputs = method.peak_floats(group.m, group.n, experts), len(step.call.alphas)
-    if streams(step) and not on_gpu:
+    workspace = method.peak_floats(group.m, group.n, experts)
+    if streams(step):
         # Deltas, base, another delta and a raw tensor from a file; base + update; what is merged.
-        return 0, int(((stacked + 4 + outputs) * elements + workspace) * group.dtype.itemsize)
-    # Deltas, moments and base, of this group and of the next that is being read.
-    held = 2 * (stacked + 1) * elements + 2 * experts * moment
-    updates = 2 * elements + workspace
-    # A raw tensor from a file, the merged ones, one that is being written, and what one matrix at a time takes.
-    single = max(elements, stored) + (outputs + 1) * elements + method.alone_floats(group.m, group.n)
+        stacked = experts if group.reduction == "none" else 1
+        return 0, int(((stacked + 4 + len(step.call.alphas)) * group.m * group.n + workspace) * group.dtype.itemsize)
+    single, held = _single(step), _held(step, experts)
+    updates = 2 * group.m * group.n + workspace
     if method.seeded:  # called on one unit after the other
         return int((single + updates) * group.dtype.itemsize), held * group.dtype.itemsize
     return int(single * group.dtype.itemsize), int((held + updates) * group.dtype.itemsize)
+
+
+def gpu_step_bytes(step: Step, experts: int, units: int | None = None) -> int:
+    """Bytes of a GPU's memory that a step on `units` units takes, by default its own."""
+    group, method = step.group, METHODS[step.call.method]
+    units = len(group.units) if units is None else units
+    together = 1 if method.seeded else units
+    if method.gpu_floats is None:
+        workspace = together * (2 * group.m * group.n + method.peak_floats(group.m, group.n, experts))
+    else:
+        workspace = method.gpu_floats(group.m, group.n, experts, together)
+    return int((_single(step) + units * _held(step, experts) + workspace) * group.dtype.itemsize)
+
+
+def _held(step: Step, experts: int) -> int:
+    """Floats per unit: deltas, moments and base, of this group and of the next that is being read."""
+    group = step.group
+    stacked = experts if group.reduction == "none" else 1
+    return 2 * (stacked + 1) * group.m * group.n + 2 * experts * group.moment_size**2
+
+
+def _single(step: Step) -> int:
+    """Floats whatever the number of units: a raw tensor from a file, the merged ones, one that is being written, and
+    what one matrix at a time takes.
+    """
+    group, method = step.group, METHODS[step.call.method]
+    elements, outputs = group.m * group.n, len(step.call.alphas)
+    return max(elements, stored_floats(group)) + (outputs + 1) * elements + int(method.alone_floats(group.m, group.n))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,32 +133,35 @@ class Bound:
         """The largest number of units in a group of the step."""
         group = step.group
         unit_bytes = experts * (group.m * group.n + group.moment_size**2) * group.dtype.itemsize
+        if self.gpu_bytes is not None:
+            one = gpu_step_bytes(step, experts, 1)
+            return max(1, GPU_GROUP_BYTES // (gpu_step_bytes(step, experts, 2) - one or one))
         if self.group_bytes is not None:
             return max(1, self.group_bytes // unit_bytes)
-        fixed, per_unit = costs(step, experts, on_gpu=self.gpu_bytes is not None)
-        if self.gpu_bytes is None:
-            room = self.peak_bytes - process_bytes(self.workers)
-            fitting = (room - fixed) // per_unit
-            # A unit is computed by one thread; 64 MiB of small ones keep the overhead of a group small.
-            wanted = max(GROUP_BYTES // unit_bytes, torch.get_num_threads())
-            if streams(step) and fitting >= self.workers:
-                return max(wanted, STREAM_BYTES // unit_bytes)
-            units = max(1, min(wanted, fitting))
-            while units > 1 and step_bytes(step, experts, self.workers, units=units) > room:
-                units -= 1
-            return units
-        return max(1, min(GPU_GROUP_BYTES // unit_bytes, (self.gpu_bytes - fixed) // per_unit))
+        fixed, per_unit = costs(step, experts)
+        room = self.peak_bytes - process_bytes(self.workers)
+        fitting = (room - fixed) // per_unit
+        # A unit is computed by one thread; 64 MiB of small ones keep the overhead of a group small.
+        wanted = max(GROUP_BYTES // unit_bytes, torch.get_num_threads())
+        if streams(step) and fitting >= self.workers:
+            return max(wanted, STREAM_BYTES // unit_bytes)
+        units = max(1, min(wanted, fitting))
+        while units > 1 and step_bytes(step, experts, self.workers, units=units) > room:
+            units -= 1
+        return units
 
     def check(self, steps: Iterable[Step], experts: int) -> None:
-        """InputError if a single unit of some step takes more than there is, with the least that all of them need."""
-        on_gpu = self.gpu_bytes is not None
-        process = 0 if on_gpu else process_bytes(self.workers)
+        """InputError if a single unit of some step, on a GPU a group, takes more than there is, with the least that all
+        of them need.
+        """
+
+        def needed(step: Step) -> int:
+            if self.gpu_bytes is not None:
+                return gpu_step_bytes(step, experts)
+            return process_bytes(self.workers) + step_bytes(step, experts, self.workers, units=1)
+
         given, name = (self.peak_bytes, "memory") if self.gpu_bytes is None else (self.gpu_bytes, "GPU memory")
-        least, step = max(
-            ((process + step_bytes(s, experts, self.workers, units=1, on_gpu=on_gpu), s) for s in steps),
-            key=lambda p: p[0],
-            default=(0, None),
-        )
+        least, step = max(((needed(step), step) for step in steps), key=lambda p: p[0], default=(0, None))
         if step is not None and least > given:
             raise InputError(
                 f"{given / 1e6:.1f} MB of {name} is too little: {step.group.units[0].label} by {step.call.method} takes"
@@ -152,13 +179,11 @@ def streams(step: Step) -> bool:
     return step.kind == "elementwise"
 
 
-def step_bytes(step: Step, experts: int, workers: int, *, units: int | None = None, on_gpu: bool = False) -> int:
+def step_bytes(step: Step, experts: int, workers: int, *, units: int | None = None) -> int:
     """Bytes of working memory of a step on `units` units, by default its own."""
     group = step.group
     units = len(group.units) if units is None else units
-    fixed, per_unit = costs(step, experts, on_gpu=on_gpu)
-    if on_gpu:
-        return fixed + per_unit * units
+    fixed, per_unit = costs(step, experts)
     if streams(step):
         return fixed + per_unit * min(units, workers)
     # Threads that have no unit of their own take a task of another's.

@@ -185,7 +185,7 @@ FINALIZE = Source(
         **dict.fromkeys(("size", "pieces", "base_batch", "update_batch"), "i32"),
     },
     {"DOUBLE": False, **CONSTANTS},
-    {**passes.PASS.options, "enable_fp_fusion": False},
+    passes.FINALIZE.options,
     ("base", "update", "scale", "out", "size", "base_batch", "update_batch"),
 )
 COLUMN_SUMS = Source(
@@ -215,7 +215,7 @@ SOURCES: Mapping[str, Source] = {
     "delta_sum unaligned": replace(DELTA_SUM, aligned=("tuned", "base", "total")),
     "finalize": FINALIZE,
     "finalize 8.0": replace(FINALIZE, capability=80),
-    "finalize fused": replace(FINALIZE, options={**FINALIZE.options, "enable_fp_fusion": True}),
+    "finalize fused": replace(FINALIZE, options=passes.PASS.options),
     "finalize fp64": replace(
         floats(FINALIZE, base="*fp64", update="*fp64"), constants={**FINALIZE.constants, "DOUBLE": True}
     ),

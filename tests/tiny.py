@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from spectra import relative
 from torch import Tensor
 
 from isomerge.checkpoint import from_state_dict
@@ -169,3 +170,14 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     for name, value in expected.items():
         assert found[name].dtype == value.dtype, name
         assert torch.equal(found[name], value), name
+
+
+def assert_near(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+    """Equal names and dtypes; updates of the base that both may have in error by 1e-4, other values equal."""
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        if value.is_floating_point():
+            assert relative(found[name] - base[name], value - base[name]) <= 2e-4, name
+        else:
+            assert torch.equal(found[name], value), name

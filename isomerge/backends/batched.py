@@ -14,6 +14,9 @@ The host waits for the device where a docstring says so, as often for a stack as
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,10 @@ from isomerge.backends.primitives import Primitives, float32_products
 
 SUBSPACE_TOL = 1e-9
 """Of the Ritz residuals, relative to lambda_1, for bases that are given away without singular values."""
+
+PART_BYTES = 256 * 2**20
+"""Of the float64 copies of a stack that are worked on at a time; Grams, bases and solvers take five times as much
+beside. 56 matrices of 768 x 768 fill the chip, and of 4096 x 14336 a single one does."""
 
 TOKENS = 2048
 """Whose shifts are stored at a time in float64: 235 MB at d = 14336."""
@@ -59,24 +66,28 @@ def rsvd(
 
     Eigenvectors V of R's small-side Gram, and their images Y = σ times the singular vectors of the other side: no
     second eigenproblem, as the columns of Y are orthogonal to 1e-15 σ_1². R takes the place of A's float64 copy.
-    FLOP beside `leading`: 2 r p k, and 4 m n q for a Q of q columns. Waits: those of `leading`.
+    FLOP beside `leading`: 2 r p k, and 4 m n q for a Q of q columns. Waits, for each part: those of `leading`.
     """
     batch, (m, n) = A.shape[:-2], A.shape[-2:]
-    X = _stack(A)
-    if deflate.shape[-1]:
-        Q = _stack(deflate)
-        X = torch.baddbmm(X, Q, Q.mT @ X, alpha=-1)
-    X = X if m <= n else X.mT  # [B, r, p]
-    V = leading(X, k, primitives, tol=tol, seed=seed)
-    Y = X.mT @ V
-    S = torch.linalg.vector_norm(Y, dim=-2)
-    S, order = S.sort(dim=-1, descending=True, stable=True)  # eigenvalues order them only to 1e-15 sigma_1²
-    V, Y = (torch.take_along_dim(columns, order.unsqueeze(-2), dim=-1) for columns in (V, Y))
-    kept = (S > rtol * S[:, :1]) & (S > atol.reshape(-1, 1))
-    Y = Y * torch.where(kept, S.reciprocal(), 0).unsqueeze(-2)
-    U, W = (V, Y) if m <= n else (Y, V)
-    S = torch.where(kept, S, 0)
-    return U.to(A.dtype).reshape(*batch, m, k), S.reshape(*batch, k), W.mT.to(A.dtype).reshape(*batch, k, n)
+
+    def of_part(part: slice) -> tuple[Tensor, ...]:
+        X = _stack(A)[part].double()
+        if deflate.shape[-1]:
+            Q = torch.stack([deflate[i] for i in list(product(*map(range, batch)))[part]]).double()
+            X = torch.baddbmm(X, Q, Q.mT @ X, alpha=-1)
+        X = X if m <= n else X.mT  # [B, r, p]
+        V = leading(X, k, primitives, tol=tol, seed=seed)
+        Y = X.mT @ V
+        S = torch.linalg.vector_norm(Y, dim=-2)
+        S, order = S.sort(dim=-1, descending=True, stable=True)  # eigenvalues order them only to 1e-15 sigma_1²
+        V, Y = (torch.take_along_dim(columns, order.unsqueeze(-2), dim=-1) for columns in (V, Y))
+        kept = (S > rtol * S[:, :1]) & (S > atol.reshape(-1, 1)[part])
+        Y = Y * torch.where(kept, S.reciprocal(), 0).unsqueeze(-2)
+        U, W = (V, Y) if m <= n else (Y, V)
+        return U.to(A.dtype), torch.where(kept, S, 0), W.mT.to(A.dtype)
+
+    U, S, Vh = _in_parts(of_part, batch.numel(), m * n)
+    return U.reshape(*batch, m, k), S.reshape(*batch, k), Vh.reshape(*batch, k, n)
 
 
 def subspace(A: Tensor, k: int, primitives: Primitives, *, full: bool) -> Tensor:
@@ -86,7 +97,7 @@ def subspace(A: Tensor, k: int, primitives: Primitives, *, full: bool) -> Tensor
     what is beyond n, and a Householder QR makes the columns orthonormal, each to all before. Waits: `leading`.
     """
     (m, n), columns = A.shape[-2:], A.shape[-2] if full else k
-    X = _stack(A)
+    X = _stack(A).double()
     if m <= n:
         Q = leading(X, columns, primitives, tol=SUBSPACE_TOL, seed=0)
     else:
@@ -106,26 +117,30 @@ def principal(
     """Leading eigenvectors [..., m, k] and eigenvalues [..., k] float64 of M = `moment` or Δ M Δᵀ, zero where null.
 
     For m <= n an eigensolve of Δ M Δᵀ itself; for m > n one of Lᵀ ΔᵀΔ L [n, n], where M = L Lᵀ.
-    FLOP: 2 m n (m + n) or 5 m n² beside it. Waits: those of one `eigh`; for m > n once more for Cholesky's answer, and
-    those of another `eigh` where a moment is singular to rounding.
+    FLOP: 2 m n (m + n) or 5 m n² beside it. Waits, for each part: those of one `eigh`; for m > n once more for
+    Cholesky's answer, and those of another `eigh` where a moment is singular to rounding.
     """
-    batch, M = moment.shape[:-2], _stack(moment)
-    if delta is None or delta.shape[-2] <= delta.shape[-1]:
-        dtype = moment.dtype if delta is None else torch.promote_types(moment.dtype, delta.dtype)
-        C = M if delta is None else (D := _stack(delta)) @ M @ D.mT
-        values, V = eigh(C)
-        values, V = values[:, -k:].flip(-1), V[..., -k:].flip(-1)
-    else:
-        dtype, D = torch.promote_types(moment.dtype, delta.dtype), _stack(delta)
-        L = square_root(M)
-        values, W = eigh(L.mT @ primitives.gram(D.mT, format="fp64") @ L)
-        values, W = values.flip(-1)[:, :k], W.flip(-1)[..., :k]
-        inverse = torch.where(values > 0, values, torch.inf).rsqrt()
-        V = D @ (L @ W) * inverse.unsqueeze(-2)
-        values, V = (torch.nn.functional.pad(part, (0, k - part.shape[-1])) for part in (values, V))
-    values = torch.where(values > rtol * values[:, :1], values, 0)
-    V = V * (values > 0).unsqueeze(-2)
-    return V.to(dtype).reshape(*batch, *V.shape[-2:]), values.reshape(*batch, k)
+    batch = moment.shape[:-2]
+    dtype = moment.dtype if delta is None else torch.promote_types(moment.dtype, delta.dtype)
+
+    def of_part(part: slice) -> tuple[Tensor, ...]:
+        M, D = _stack(moment)[part].double(), None if delta is None else _stack(delta)[part].double()
+        if D is None or D.shape[-2] <= D.shape[-1]:
+            values, V = eigh(M if D is None else D @ M @ D.mT)
+            values, V = values[:, -k:].flip(-1), V[..., -k:].flip(-1)
+        else:
+            L = square_root(M)
+            values, W = eigh(L.mT @ primitives.gram(D.mT, format="fp64") @ L)
+            values, W = values.flip(-1)[:, :k], W.flip(-1)[..., :k]
+            inverse = torch.where(values > 0, values, torch.inf).rsqrt()
+            V = D @ (L @ W) * inverse.unsqueeze(-2)
+            values, V = (torch.nn.functional.pad(columns, (0, k - columns.shape[-1])) for columns in (values, V))
+        values = torch.where(values > rtol * values[:, :1], values, 0)
+        return (V * (values > 0).unsqueeze(-2)).to(dtype), values
+
+    sides = (moment.shape[-1] if delta is None else max(delta.shape[-2:]), moment.shape[-1])
+    V, values = _in_parts(of_part, batch.numel(), sides[0] * sides[1])
+    return V.reshape(*batch, *V.shape[-2:]), values.reshape(*batch, k)
 
 
 def shift_cov(X: Tensor, delta: Tensor | None, primitives: Primitives, *, out: Tensor) -> Tensor:
@@ -148,9 +163,19 @@ def matmul(A: Tensor, B: Tensor) -> Tensor:
         return A @ B
 
 
+def _in_parts(compute: Callable[[slice], tuple[Tensor, ...]], count: int, elements: int) -> tuple[Tensor, ...]:
+    """What `compute` gives for part after part of `count` matrices, put together: `PART_BYTES` at a time, one at least.
+
+    What a part is depends on the stack alone, not on the memory there is.
+    """
+    most = max(1, PART_BYTES // (8 * elements))
+    results = [compute(slice(start, start + most)) for start in range(0, count, most)]
+    return results[0] if len(results) == 1 else tuple(map(torch.cat, zip(*results, strict=True)))
+
+
 def _stack(A: Tensor) -> Tensor:
-    """A [..., m, n] as [B, m, n] in float64."""
-    return A.reshape(A.shape[:-2].numel(), *A.shape[-2:]).double()
+    """A [..., m, n] as [B, m, n]."""
+    return A.reshape(A.shape[:-2].numel(), *A.shape[-2:])
 
 
 def _normal(like: Tensor, *shape: int, seed: int) -> Tensor:

@@ -16,17 +16,22 @@ PROCESSORS = 132
 
 @dataclass(frozen=True)
 class Launch:
-    """The tile [rows, columns] that one program computes in steps of `depth`, and how the compiler schedules it."""
+    """The tile [rows, columns] that one program computes in steps of `depth`, and how the compiler schedules it.
+
+    `fused`: a product and a sum may be one instruction, of one rounding. Said to every kernel: Triton's own choice
+    differs by version.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    fused: bool = True
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": self.fused}
 
 
 def interpreted() -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,9 @@ from isomerge.backends.triton.sums import to_bfloat16
 PASS = Launch(rows=1, columns=2048, depth=1, warps=4, stages=1)
 """16 elements a thread: two loads of 16 bytes of a bfloat16 input in flight, four of a float32 one. At 64 registers
 1024 threads a multiprocessor keep 32 KB or more in flight; 4.8 TB/s at a latency of 600 ns take 22 KB."""
+
+FINALIZE = replace(PASS, fused=False)
+"""The product is rounded before the sum."""
 
 COLUMN_SUMS = Launch(rows=64, columns=16, depth=1, warps=4, stages=1)
 """8 partial sums a thread and step: 8 KB a program, in flight together."""
@@ -62,7 +67,7 @@ def _finalize_kernel(
     inside = i < size
     origin = tl.load(base + batch * base_batch + i, mask=inside, other=0.0).to(dtype)
     step = tl.load(update + batch * update_batch + i, mask=inside, other=0.0).to(dtype)
-    merged = step * tl.load(scale + batch).to(dtype)  # compiled without contraction: the product is rounded
+    merged = step * tl.load(scale + batch).to(dtype)  # FINALIZE: the product is rounded
     merged += origin
     if out.dtype.element_ty == tl.bfloat16:
         stored = to_bfloat16(merged.to(tl.float32))  # from float64 by way of float32, as torch converts
@@ -130,7 +135,7 @@ def finalize(base: Tensor, update: Tensor, *, scale: Tensor, out_dtype: torch.dt
     base, update = batched(base), batched(update)
     out = torch.empty(base.shape, dtype=out_dtype, device=base.device)
     B, size = len(base), base.shape[1:].numel()
-    pieces = triton.cdiv(size, PASS.columns)
+    pieces = triton.cdiv(size, FINALIZE.columns)
     with launching(base, update, scale):
         _finalize_kernel[(B * pieces,)](
             base,
@@ -142,9 +147,8 @@ def finalize(base: Tensor, update: Tensor, *, scale: Tensor, out_dtype: torch.dt
             base.stride(0),
             update.stride(0),
             DOUBLE=_arithmetic(base, update) == torch.float64,
-            BLOCK=PASS.columns,
-            **PASS.options,
-            enable_fp_fusion=False,
+            BLOCK=FINALIZE.columns,
+            **FINALIZE.options,
         )
     return (out.mT if by_columns else out).view(shape)
 
