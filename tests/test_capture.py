@@ -187,6 +187,14 @@ def test_layers_that_read_one_tensor_share_its_moment() -> None:
     assert len(captured.moments) == 8  # two blocks of: attention in, attention out, MLP in, MLP out
 
 
+def test_a_base_may_be_the_model_itself() -> None:
+    torch.manual_seed(0)
+    model, base = MODELS["bert"](), MODELS["bert"]()
+    of_model, of_state = (capture(model, batches_for(model), base=given) for given in (base, base.state_dict()))
+    assert of_model.base_fingerprint == of_state.base_fingerprint
+    assert all(values.equal(of_state.stored[name]) for name, values in of_model.stored.items())
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_with_a_base_wide_layers_keep_the_moment_of_their_shift(family: str) -> None:
     torch.manual_seed(0)

@@ -6,23 +6,29 @@ What only a GPU can show is in `test_gpu.py` and, of merges, in `test_place.py`.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import emulate
+import gpu as gpu_benchmark
+import gpu_measure
 import played_gpu
 import pytest
 import tiny
 import torch
-from played_gpu import Event, Gpu, Played, Stream
+from gpu_setting import Setting
+from played_gpu import Event, Gpu, Stream
 from spectra import relative
 from test_place import recipe
+from torch import Tensor
 
-from isomerge import methods, ops
+from isomerge import capture, methods, ops
 from isomerge.backends import batched
 from isomerge.backends.triton import gemm as gemm_module
 from isomerge.merge import merge
 from isomerge.methods import METHODS, costs
+from isomerge.place import open_place
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -65,6 +71,24 @@ def test_matrices_are_merged_as_on_the_cpu(method: str, tmp_path: Path, monkeypa
         report = merge(path, tmp_path / "gpu", device="cuda")
     assert report.totals.gpu_peak_bytes == gpu.peak <= report.totals.planned_gpu_bytes
     tiny.assert_near(*(tiny.load_output(tmp_path / out) for out in ("gpu", "cpu", "base")))
+    check(gpu)
+
+
+def test_statistics_are_captured_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, base = (torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Linear(40, 16)).eval() for _ in range(2))
+    batches = [torch.randn(3, 7, 24) for _ in range(3)]
+    expected = capture(model, batches, base=base)
+    with played_gpu.played(monkeypatch) as gpu:
+        for layer in (*model, *base):
+            for name, value in list(layer.named_parameters()):
+                layer._parameters[name] = value.detach().to("cuda:0")  # type: ignore[assignment]
+        actual = capture(model, batches, base=base)
+    del model, base, layer, value
+    assert actual.moments.keys() == expected.moments.keys()
+    for name, moment in actual.moments.items():
+        assert moment.device.type == "cpu"
+        assert relative(moment, expected.moments[name].double()) <= 1e-6
     check(gpu)
 
 
@@ -115,41 +139,76 @@ def test_what_a_part_is_has_one_meaning() -> None:
     assert 4 * costs.PART_FLOATS == batched.PART_BYTES
 
 
+# ---- what has yet to be measured
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("section", ["ceilings", "primitives", "ops"])
+def test_the_benchmark_has_rows_for_every_case(section: str, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_measure, "FLUSH", 1024)
+    clock, setting = gpu_measure.Clock(played_gpu.DEVICE), Setting(played_gpu.DEVICE, quick=True)
+    rates = dict.fromkeys(("copy", "bf16", "tf32", "fp32", "fp64"), 1e12)
+    cases = [case for case in gpu_benchmark.CASES[section](setting) if section != "ops" or "24x24" in case.shape]
+    assert len(cases) >= 5
+    for case in cases:
+        for row in gpu_measure.rows_of(case, clock, 0.0, rates):
+            assert "failure" not in row, row
+            assert not row.get("wrong"), row
+
+
 # ---- what the played device finds
 
 
-def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What it says of an average, in an error or in the end."""
-    path = recipe(tmp_path, "average")
-    with played_gpu.played(monkeypatch) as gpu:
-        try:
-            merge(path, tmp_path / "out", device="cuda")
-        except RuntimeError as error:
-            return str(error)
-    gc.collect()
-    return "; ".join(gpu.complaints)
+def test_an_upload_that_is_not_waited_for(gpu: Gpu) -> None:
+    place = open_place("cuda", "device")
+    with place.reading():
+        A = place.up(torch.ones(4))
+        take = place.mark()
+    with pytest.raises(RuntimeError, match=r"aten.add.Tensor on stream 0 did not wait for stream 1"):
+        A + 1
+    take([A])
+    assert (A + 1).cpu().eq(2).all()
 
 
-def test_a_copy_that_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Stream, "wait_event", lambda self, event: None)
-    assert "did not wait for stream 1" in refused(tmp_path, monkeypatch)
+def test_a_download_that_does_not_wait(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, A = open_place("cuda", "device"), torch.ones(4, device="cuda:0")
+    assert place.down(A)().eq(1).all()
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "wait_stream", lambda self, stream: None)
+        with pytest.raises(RuntimeError, match="on stream 2 did not wait for stream 0"):
+            place.down(A + 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Event, "synchronize", lambda self: None)
+        assert place.down(A)().isnan().all()
 
 
-def test_a_result_that_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Stream, "wait_stream", lambda self, stream: None)
-    assert "on stream 2 did not wait for stream 0" in refused(tmp_path, monkeypatch)
+def test_memory_that_another_stream_still_reads(gpu: Gpu) -> None:
+    side = torch.cuda.Stream()
+
+    def used(finish: Callable[[Tensor], object]) -> list[str]:
+        A = torch.ones(100, device="cuda:0")
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            A + 1
+        finish(A)
+        del A
+        found, gpu.complaints = gpu.complaints, []
+        return found
+
+    assert used(lambda A: A.record_stream(side)) == []
+    assert used(lambda A: torch.cuda.current_stream().wait_stream(side)) == []
+    found = used(lambda A: None)
+    assert len(found) == 1
+    assert re.fullmatch(r"400 bytes of stream 0 freed before step \d+ of 1", found[0])
 
 
-def test_memory_that_another_stream_still_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Played, "record_stream", lambda self, stream: None)
-    assert "bytes of stream 0 freed before step" in refused(tmp_path, monkeypatch)
-
-
-def test_a_download_that_the_host_does_not_wait_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Event, "synchronize", lambda self: None)
-    assert refused(tmp_path, monkeypatch) == ""
-    values = tiny.load_output(tmp_path / "out").values()
-    assert all(bool(value.isnan().all()) for value in values if value.is_floating_point())
+def test_memory_that_is_written_while_another_stream_reads(gpu: Gpu) -> None:
+    side, A = torch.cuda.Stream(), torch.ones(4, device="cuda:0")
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        A + 1
+    with pytest.raises(RuntimeError, match="on stream 0 writes what stream 1 reads"):
+        A.add_(1)
 
 
 def test_tensors_of_two_devices(gpu: Gpu) -> None:

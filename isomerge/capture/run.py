@@ -28,7 +28,7 @@ from isomerge.errors import InputError
 from isomerge.families import recognise
 from isomerge.statistics import Layer, as_moment, fingerprint, sample_values, write_statistics
 
-Weights = str | Path | Checkpoint | Mapping[str, Tensor]
+Weights = str | Path | Checkpoint | Mapping[str, Tensor] | nn.Module
 
 _SHOWN = 3  # names in a warning
 
@@ -109,7 +109,8 @@ def capture(
     afterwards as it was. Batches are read once, one at a time.
 
     checkpoint  where the model was loaded from: gives layers their names and the fingerprint; else the state dict does
-    base        the model it was tuned from: layers with m < n then keep the moment [m, m] of X Δᵀ, Δ = model - base
+    base        the model it was tuned from, or where that is: layers with m < n then keep the moment [m, m] of X Δᵀ,
+                Δ = model - base
     names       patterns (`*.mlp.*`) of the layers to capture; all matrices of linear layers by default
     samples     how many samples the batches hold; by default their first dimensions are counted
     dtype       of the sums, float32 or float64; products are taken in float32, or float64 for a float64 model
@@ -122,7 +123,7 @@ def capture(
     if path is not None:
         check_place(path, overwrite)
     with ExitStack() as stack:
-        weights = _weights(_tensors(model) if checkpoint is None else checkpoint, "the model", stack)
+        weights = _weights(model if checkpoint is None else checkpoint, "the model", stack)
         before = None if base is None else _weights(base, "base", stack)
         run = _Run(model, weights, before, names, dtype, own_names=checkpoint is None)
         counted, seen = 0, 0
@@ -155,13 +156,11 @@ def check_place(path: str | Path, overwrite: bool) -> None:
 def _weights(given: Weights, label: str, stack: ExitStack) -> Checkpoint:
     if isinstance(given, Checkpoint):
         return given
+    if isinstance(given, nn.Module):
+        given = {name: value for name, value in given.state_dict().items() if isinstance(value, Tensor)}
     if isinstance(given, Mapping):
         return from_state_dict(given, label)
     return stack.enter_context(open_checkpoint(given))
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 class _Run:
