@@ -16,7 +16,7 @@ from torch import Tensor
 
 from isomerge import nonfinite, ops
 from isomerge.backends.side_by_side import single_threaded
-from isomerge.blend import Blend, blend
+from isomerge.blend import Direct
 from isomerge.deltas import RUNS_BYTES, Group, Mapped, Read, Result, Stack, Unit, empty_stack, moment_bytes
 from isomerge.errors import InputError
 from isomerge.memory import on_huge_pages
@@ -46,13 +46,14 @@ class MomentSource(Protocol):
 class Passage(NamedTuple):
     """A unit of elements on its way through one thread, which reads it in one of two ways.
 
-    load()                 its base [m, n] and its deltas [T or 1, m, n], not to be kept: the next unit overwrites them
-    blend(scales, dtype)   the merged values, if the reduction of the deltas is the update, or None: see `blend.blend`
+    load()         its base [m, n] and its deltas [T or 1, m, n], not to be kept: the next unit overwrites them
+    direct         what can be asked of it without; `took(||sum of the deltas||²)` then counts it as read
     """
 
     unit: Unit
     load: Callable[[], tuple[Tensor, Tensor]]
-    blend: Callable[[Sequence[float], torch.dtype], Blend | None]
+    direct: Direct
+    took: Callable[[float], None]
 
 
 class DeltaReader:
@@ -128,8 +129,9 @@ class DeltaReader:
 
         def one(unit: Unit) -> tuple[Result, Read]:
             found, memory = Read(), list[Tensor]()
-            load, blended = partial(self._load, group, unit, found, memory), partial(self._blend, group, unit, found)
-            result = function(Passage(unit, load, blended))
+            load, took = partial(self._load, group, unit, found, memory), partial(self._count, found, unit)
+            direct = Direct(self._sources(unit), self._weights, unit, group)
+            result = function(Passage(unit, load, direct, took))
             self._free += memory
             return result, found
 
@@ -174,14 +176,6 @@ class DeltaReader:
         square = sum(self._subtract(group, unit, base, deltas, *run) for run in self._runs(unit, group))
         self._prove(found, group, unit, base, deltas, square)
         return base, deltas
-
-    def _blend(
-        self, group: Group, unit: Unit, found: Read, scales: Sequence[float], dtype: torch.dtype
-    ) -> Blend | None:
-        blended = blend(self._sources(unit), self._weights, unit, group, scales, dtype)
-        if blended is not None:
-            self._count(found, unit, blended.sum_square)
-        return blended
 
     def _subtract(self, group: Group, unit: Unit, base: Tensor, deltas: Tensor, first: int, count: int) -> float:
         """Fills rows of the base [m, n] and of the deltas [T, m, n], or of their reduction; returns ||sum||²."""

@@ -7,6 +7,7 @@ of any shape, taken as a 1 x count matrix. A *group* is units of one shape whose
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -16,6 +17,7 @@ from torch import Tensor
 
 GROUP_BYTES = 64 * 2**20  # of the deltas of small units that are computed together
 STREAM_BYTES = 512 * 2**20  # of those that are not held: the threads that stream them wait for one another at the end
+SURVEY_BYTES = 32 * 2**20  # of what is counted in tensors that are surveyed together
 PIECE_ELEMENTS = 2**19  # of a tensor that is merged in pieces: 2 MiB in float32, five arrays of which a cache holds
 RUNS_BYTES = 8 * 2**20  # of raw runs, of all models together, that a thread holds at a time
 _ALIGN = 64  # bytes: every unit starts on a cache line, so BLAS takes the same path wherever in a stack it stands
@@ -96,16 +98,22 @@ class Mapped(Read, Generic[Result]):
     results: list[Result] = field(default_factory=list)
 
 
+def unit_seed(seed: int, label: str) -> int:
+    """A seed for one unit that depends on the recipe's seed and on its name alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{label}".encode()).digest()[:8], "big") >> 1
+
+
 def cut(units: Sequence[Unit], length: int) -> Iterator[tuple[Unit, ...]]:
     """The units in runs of at most `length`."""
     for first in range(0, len(units), length):
         yield tuple(units[first : first + length])
 
 
-def pieces(count: int) -> Iterator[tuple[int, int]]:
-    """(start, count) of the pieces in which a tensor of `count` elements is merged."""
-    for start in range(0, count, PIECE_ELEMENTS):
-        yield start, min(PIECE_ELEMENTS, count - start)
+def pieces(name: str, sources: tuple[str, ...], numel: int) -> Iterator[Unit]:
+    """The pieces in which a tensor of `numel` elements is merged."""
+    for start in range(0, numel, PIECE_ELEMENTS):
+        count = min(PIECE_ELEMENTS, numel - start)
+        yield Unit(name, sources, start, count, whole=count == numel)
 
 
 def moment_bytes(size: int, tokens: int, n: int) -> int:

@@ -24,14 +24,18 @@ import torch
 from torch import Tensor
 
 from isomerge.backends import BackendUnavailable, resolve
+from isomerge.backends.selection import DIGITS, Selection
 
 __all__ = [
+    "DIGITS",
     "RANK_RTOL",
     "SVD",
     "BackendUnavailable",
     "DeltaSum",
     "Polar",
     "PolarProduct",
+    "Selection",
+    "count_digits",
     "delta_sum",
     "drop",
     "elect",
@@ -44,6 +48,7 @@ __all__ = [
     "rsvd",
     "subspace",
     "subtract",
+    "votes",
 ]
 
 RANK_RTOL = 8 * torch.finfo(torch.float32).eps
@@ -455,23 +460,60 @@ def kth_largest(values: Tensor, k: int, *, backend: str = "auto") -> Tensor:
     return kth
 
 
-def elect(deltas: Tensor, thresholds: Tensor, *, backend: str = "auto") -> Tensor:
+def count_digits(values: Tensor, higher: Sequence[int] = (), *, backend: str = "auto") -> Tensor:
+    """How often each 16-bit digit occurs behind the digits `higher` of the magnitudes of values [n]: int64 [2^16].
+
+    The digits of a magnitude are those of its bits, read as a whole number without the sign, the highest first: one of
+    a value of two bytes, two of four, four of eight. With a `Selection` one pass for each gives the
+    k-th largest magnitude of values that need not be in memory together; counts of parts add up.
+    Cost: one pass. Raises ValueError unless values are 1-D and floating, and have a digit behind `higher`.
+    """
+    digits = values.element_size() // 2
+    if values.dim() != 1 or values.dtype not in DTYPES or len(higher) >= digits:
+        raise ValueError(
+            f"count_digits: expected floating values [n] and fewer than {max(1, digits)} higher digits, got "
+            f"{tuple(values.shape)} in {values.dtype} and {len(higher)}"
+        )
+    counts: Tensor = resolve("count_digits", backend, values)(values, tuple(higher))
+    return counts
+
+
+def votes(deltas: Tensor, thresholds: Tensor, *, backend: str = "auto") -> Tensor:
+    """Σ_i sign Σ_t deltas[t, i] over the columns of deltas [T, n], less entries below thresholds [T]: an int64 scalar.
+
+    Its sign is the majority that `elect` asks for; votes of parts add up. Sums are formed as there.
+    Cost: one pass. Raises ValueError as `elect` does.
+    """
+    deltas, thresholds = _checked_election("votes", deltas, thresholds)
+    total: Tensor = resolve("votes", backend, deltas)(deltas, thresholds)
+    return total
+
+
+def elect(deltas: Tensor, thresholds: Tensor, majority: int, *, backend: str = "auto") -> Tensor:
     """Mean over the tasks that agree with the elected sign [n], of deltas [T, n] less entries below thresholds [T].
 
     An entry counts if |deltas[t, i]| >= thresholds[t], and the sign of column i is that of the sum of its entries, the
-    sums of positive and of negative ones formed in the order t = 0, 1, ..; where they cancel, it is the sign of the sum
-    of all columns' signs. The mean is over entries of that sign that are not zero; 0 where there is none.
-    Yadav et al. 2023, "TIES-Merging", algorithm 1, steps 2 and 3. Cost: one pass and a part of another.
-    Raises ValueError for shapes that do not match, no task, or inputs that are not floating.
+    sums of positive and of negative ones formed in the order t = 0, 1, ..; where they cancel, it is `majority`: -1, 0
+    or 1. The mean is over entries of that sign that are not zero; 0 where there is none.
+    Yadav et al. 2023, "TIES-Merging", algorithm 1, steps 2 and 3. Cost: one pass.
+    Raises ValueError for shapes that do not match, no task, inputs that are not floating, or another majority.
     """
+    deltas, thresholds = _checked_election("elect", deltas, thresholds)
+    if majority not in (-1, 0, 1):
+        raise ValueError(f"elect: expected a majority of -1, 0 or 1, got {majority}")
+    merged: Tensor = resolve("elect", backend, deltas)(deltas, thresholds, majority)
+    return merged.to(deltas.dtype)
+
+
+def _checked_election(op: str, deltas: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the arithmetic."""
     if deltas.dim() != 2 or not len(deltas) or thresholds.shape != deltas.shape[:1] or deltas.dtype not in DTYPES:
         raise ValueError(
-            f"elect: expected floating deltas [T, n] and thresholds [T], T >= 1, got {tuple(deltas.shape)} in "
+            f"{op}: expected floating deltas [T, n] and thresholds [T], T >= 1, got {tuple(deltas.shape)} in "
             f"{deltas.dtype} and {tuple(thresholds.shape)}"
         )
     dtype = torch.promote_types(deltas.dtype, torch.float32)
-    merged: Tensor = resolve("elect", backend, deltas)(deltas.to(dtype), thresholds.to(dtype))
-    return merged.to(dtype)
+    return deltas.to(dtype), thresholds.to(dtype)
 
 
 def drop(values: Tensor, density: float, *, seed: int, first: int = 0, backend: str = "auto") -> Tensor:

@@ -233,10 +233,7 @@ def _units(a: Assignment, sources: tuple[str, ...], experts: int) -> Iterable[tu
         if not a.kind.stacked(a.shape):
             return [(m, n, Unit(a.name, sources, 0, m * n, True))]
         return [(m, n, Unit(a.name, sources, i * m * n, m * n, False, i)) for i in range(a.kind.slices)]
-    if METHODS[a.call.method].chunkable:
-        runs = list(pieces(a.numel))
-        return [(1, count, Unit(a.name, sources, start, count, len(runs) == 1)) for start, count in runs]
-    return [(1, a.numel, Unit(a.name, sources, 0, a.numel, True))]
+    return [(1, unit.count, unit) for unit in pieces(a.name, sources, a.numel)]
 
 
 def _read_bytes(a: Assignment, base: Checkpoint, experts: Sequence[Checkpoint], sources: Sequence[str]) -> int:

@@ -10,7 +10,6 @@ last of them is computed; then each is read back, scaled, added to the base and 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +36,7 @@ from isomerge.plan import Plan
 from isomerge.report import Report
 from isomerge.schedule import Step, process_bytes, streams
 from isomerge.spool import Spool
+from isomerge.surveys import Surveys
 from isomerge.tally import Batch, Outcome, Tally
 
 FULL = 0.9  # of the planned memory: beyond it, what malloc keeps back is given back between groups
@@ -168,6 +168,7 @@ class _Run:
         self._write_seconds = 0.0  # of the writing thread
         self._assignments = {a.name: a for a in job.plan.assignments}
         self._outputs = range(len(job.plan.settings.outputs))
+        self._surveys = Surveys(job.plan, reader, job.place)
         self._tally = Tally(report)
         self._bytes_done = self._matrices_done = 0
 
@@ -217,11 +218,12 @@ class _Run:
 
     def read(self, step: Step) -> Stack | Mapped[Written]:
         """A group in memory; or each unit merged and written in the thread that has read it."""
+        self._surveys.prepare(step)
         if not streams(step) or self._job.place.memory() is not None:
             return self._reader.read(step.group)
 
         def written(passage: Passage) -> Written:
-            unit, merged = passage.unit, self._blended(step, passage)
+            unit, merged = passage.unit, self._direct(step, passage)
             if merged is None:
                 base, deltas = passage.load()
                 started = time.perf_counter()
@@ -300,10 +302,10 @@ class _Run:
         )
 
     def _updates(self, step: Step, stack: Stack) -> Iterator[tuple[Tensor, float]]:
-        """(update [m, n], share of the time) of a stack [L, T, m, n]: one call for all, or one each if seeded."""
+        """(update [m, n], share of the time) of a stack [L, T, m, n]: one call for all, or one for each unit."""
         method, units, deltas = METHODS[step.call.method], step.group.units, stack.deltas
         before = time.perf_counter()
-        if not method.seeded:
+        if not method.apart:
             inputs = (deltas,) if stack.moments is None else (deltas, stack.moments)
             updates = method.function(*inputs, **step.call.arguments)
             share = (time.perf_counter() - before) / len(units)
@@ -318,10 +320,7 @@ class _Run:
         method = METHODS[step.call.method]
         if _reduced(step):
             return deltas[0]  # the method would copy it
-        drawn = {"seed": unit_seed(self._job.plan.settings.seed, unit.label)} if method.seeded else {}
-        if method.seeded and method.chunkable:
-            drawn["first"] = unit.start
-        return method.function(deltas, **step.call.arguments, **drawn)
+        return method.function(deltas, **step.call.arguments, **self._surveys.arguments(step, unit))
 
     def _keep(self, step: Step, unit: Unit, outcome: Outcome, update: Tensor, seconds: float) -> None:
         """The update and its norm to the spool; the norm is summed in float64, for its powers are to come."""
@@ -352,17 +351,22 @@ class _Run:
             self._check_range(assignment, values[-1])
         return Merged(tuple(values), norm**2, time.perf_counter() - started)
 
-    def _blended(self, step: Step, passage: Passage) -> Merged | None:
-        """A unit that needs no more than its reduction, if it can be had in one go; in any thread."""
-        if not _reduced(step):
+    def _direct(self, step: Step, passage: Passage) -> Merged | None:
+        """A unit merged on its way from the files, if it can be; in any thread."""
+        assignment, alphas, started = self._assignments[passage.unit.name], step.call.alphas, time.perf_counter()
+        elected = self._surveys.elected(passage.unit)
+        if _reduced(step):
+            found = passage.direct.blend(alphas, assignment.out_dtype)
+        elif elected is not None and not METHODS[step.call.method].seeded:
+            found = passage.direct.elect(*elected, alphas, assignment.out_dtype)
+        else:
             return None
-        assignment, started = self._assignments[passage.unit.name], time.perf_counter()
-        blend = passage.blend(step.call.alphas, assignment.out_dtype)
-        if blend is None:
+        if found is None:
             return None
-        for values in blend.values:
+        passage.took(found.sum_square)
+        for values in found.values:
             self._check_range(assignment, values)
-        return Merged(blend.values, blend.update_square, time.perf_counter() - started)
+        return Merged(found.values, found.update_square, time.perf_counter() - started)
 
     def _put(self, step: Step, unit: Unit, outcome: Outcome, merged: Merged, receipts: list[Receipt]) -> None:
         """A merged unit to each output."""
@@ -419,8 +423,3 @@ class _Run:
 def _reduced(step: Step) -> bool:
     """Whether the reduction of the deltas, formed as they are read, is the update."""
     return METHODS[step.call.method].elementwise and step.group.reduction != "none"
-
-
-def unit_seed(seed: int, label: str) -> int:
-    """A seed for one unit that depends on the recipe's seed and on its name alone."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{label}".encode()).digest()[:8], "big") >> 1

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from isomerge.deltas import GROUP_BYTES, RUNS_BYTES, STREAM_BYTES, Group
+from isomerge.deltas import GROUP_BYTES, RUNS_BYTES, STREAM_BYTES, SURVEY_BYTES, Group
 from isomerge.errors import InputError
 from isomerge.methods import METHODS
+from isomerge.methods.survey import TABLE_BYTES
 
 LAYER_EXPONENT = "layer_exponent"  # the parameter of a call that the driver applies, over all layers of a type
 _BLOCKS = re.compile(r"(res)?blocks?")
@@ -81,11 +82,10 @@ def costs(step: Step, experts: int) -> tuple[int, int]:
     if streams(step):
         # Deltas, base, another delta and a raw tensor from a file; base + update; what is merged.
         stacked = experts if group.reduction == "none" else 1
-        return 0, int(((stacked + 4 + len(step.call.alphas)) * group.m * group.n + workspace) * group.dtype.itemsize)
+        floats = (stacked + 4 + len(step.call.alphas)) * group.m * group.n + workspace
+        return _surveyed(step, experts), int(floats * group.dtype.itemsize)
     single, held = _single(step), _held(step, experts)
     updates = 2 * group.m * group.n + workspace
-    if method.seeded:  # called on one unit after the other
-        return int((single + updates) * group.dtype.itemsize), held * group.dtype.itemsize
     return int(single * group.dtype.itemsize), int((held + updates) * group.dtype.itemsize)
 
 
@@ -93,12 +93,13 @@ def gpu_step_bytes(step: Step, experts: int, units: int | None = None) -> int:
     """Bytes of a GPU's memory that a step on `units` units takes, by default its own."""
     group, method = step.group, METHODS[step.call.method]
     units = len(group.units) if units is None else units
-    together = 1 if method.seeded else units
+    together = 1 if method.apart else units
     if method.gpu_floats is None:
         workspace = together * (2 * group.m * group.n + method.peak_floats(group.m, group.n, experts))
     else:
         workspace = method.gpu_floats(group.m, group.n, experts, together)
-    return int((_single(step) + units * _held(step, experts) + workspace) * group.dtype.itemsize)
+    floats = _single(step) + units * _held(step, experts) + workspace
+    return int(floats * group.dtype.itemsize) + _surveyed(step, experts)
 
 
 def _held(step: Step, experts: int) -> int:
@@ -106,6 +107,11 @@ def _held(step: Step, experts: int) -> int:
     group = step.group
     stacked = experts if group.reduction == "none" else 1
     return 2 * (stacked + 1) * group.m * group.n + 2 * experts * group.moment_size**2
+
+
+def _surveyed(step: Step, experts: int) -> int:
+    """Bytes of the counts of tensors that are surveyed together."""
+    return max(SURVEY_BYTES, experts * TABLE_BYTES) if METHODS[step.call.method].survey else 0
 
 
 def _single(step: Step) -> int:

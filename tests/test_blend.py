@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from isomerge import blend as module
-from isomerge import merge, ops
+from isomerge import deltas, merge, ops
 from isomerge.backends import native
-from isomerge.blend import Blend, blend
+from isomerge.backends.native import Finalized
+from isomerge.blend import Direct
 from isomerge.checkpoint import Checkpoint, from_state_dict, open_checkpoint
 from isomerge.deltas import Group, Unit
 from isomerge.errors import InputError
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.skipif(native.availability() is not None, reason=str(na
 
 STORED = (torch.float32, torch.bfloat16, torch.float16)
 FIRST = 3  # flat index of the unit's first element
-BLOCK = 640 * 2**10  # bytes of all models that are read at a time
+BLOCK = 640 * 2**10  # bytes of all arrays that are in use at a time
 WEIGHTS = [1.0, 0.3, -2.0]
 
 
@@ -54,6 +55,13 @@ def group_of(count: int, reduction: str = "sum", transposed: bool = False, dtype
     return Group(1, count, transposed, dtype, (), reduction=reduction)
 
 
+def direct(
+    models: Sequence[Checkpoint], count: int, group: Group, *, start: int = FIRST, weights: Sequence[float] = WEIGHTS
+) -> Direct:
+    unit = Unit("x", ("x",) * (len(models) - 1), start, count, False)
+    return Direct([(model, "x") for model in models], weights[: len(models) - 1], unit, group)
+
+
 def blended(
     models: Sequence[Checkpoint],
     count: int,
@@ -63,10 +71,8 @@ def blended(
     scales: Sequence[float] = (1.0,),
     dtype: torch.dtype = torch.bfloat16,
     group: Group | None = None,
-) -> Blend | None:
-    unit = Unit("x", ("x",) * (len(models) - 1), start, count, False)
-    named = [(model, "x") for model in models]
-    return blend(named, weights[: len(models) - 1], unit, group or group_of(count), scales, dtype)
+) -> Finalized | None:
+    return direct(models, count, group or group_of(count), start=start, weights=weights).blend(scales, dtype)
 
 
 def ordinary(
@@ -112,6 +118,37 @@ def test_the_bits_are_those_of_reading_everything_first(
         assert found.update_square == pytest.approx(update, rel=1e-5)
 
 
+@pytest.mark.parametrize(("stored", "dtype"), [*zip(STORED, STORED, strict=True), (torch.bfloat16, torch.float32)])
+def test_elections_are_those_of_reading_everything_first(
+    opened: Callable[[Sequence[Tensor]], list[Checkpoint]], stored: torch.dtype, dtype: torch.dtype
+) -> None:
+    dtypes = (stored, torch.bfloat16, stored, torch.float32)
+    block = BLOCK // (sum(d.itemsize for d in dtypes) + 4 * len(dtypes))
+    for count, scales in ((1, [1.0]), (1025, [0.3, -2.0, 0.0]), (block, [1.0]), (2 * block + 1, [0.8, 1.2])):
+        models = values_of(count, dtypes)
+        files = direct(opened(models), count, group_of(count, "none"))
+        base, *tuned = (model[FIRST : FIRST + count] for model in models)
+        base_out, out = torch.empty(count), torch.empty(3, count)
+        square = ops.subtract(base, tuned, WEIGHTS, base_out=base_out, out=out, backend="eager")
+        higher: list[tuple[int, ...]] = [()] * 3
+        for _ in range(2):
+            counts = files.count_digits(higher)
+            assert counts is not None
+            for t, known in enumerate(higher):
+                assert torch.equal(counts[t], ops.count_digits(out[t], known, backend="eager"))
+                higher[t] = (*known, int(counts[t].argmax()))
+        limits = out.abs().median(dim=1).values
+        assert files.votes(limits) == ops.votes(out, limits, backend="eager")
+        for majority in (-1, 1):
+            update = ops.elect(out, limits, majority, backend="eager")
+            merged = [ops.finalize(base_out[None], update[None], s, out_dtype=dtype, backend="eager") for s in scales]
+            found = files.elect(limits, majority, scales, dtype)
+            assert found is not None
+            assert all(torch.equal(mine, theirs[0]) for mine, theirs in zip(found.values, merged, strict=True))
+            assert found.sum_square == pytest.approx(square, rel=1e-5)
+            assert found.update_square == pytest.approx(float(update.double().square().sum()), rel=1e-12)
+
+
 def test_forty_models_and_a_single_one(opened: Callable[[Sequence[Tensor]], list[Checkpoint]]) -> None:
     for experts in (1, 40):
         models, weights = values_of(70_001, [torch.bfloat16] * (1 + experts)), [0.5] * experts
@@ -155,6 +192,25 @@ def test_a_block_without_an_update_or_with_what_is_not_finite(
         expert[FIRST + block :] = models[0][FIRST + block :]
     assert blended(opened(models), count) is None
     assert blended(opened(models), block) is not None
+
+
+def test_an_election_without_an_update_or_with_what_is_not_finite(
+    opened: Callable[[Sequence[Tensor]], list[Checkpoint]],
+) -> None:
+    count, limits = 200_000, torch.zeros(2)
+    group = group_of(count, "none")
+    usual = values_of(count, [torch.bfloat16] * 3)
+    for model, value in itertools.product(range(3), (math.nan, -math.inf)):
+        models = [values.clone() for values in usual]
+        models[model][FIRST + count - 5] = value
+        files = direct(opened(models), count, group)
+        assert files.count_digits([(), ()]) is None
+        assert files.votes(limits) is None
+        assert files.elect(limits, 1, [1.0], torch.bfloat16) is None
+    files = direct(opened(usual), count, group)
+    assert files.elect(limits, 1, [1.0], torch.bfloat16) is not None
+    assert files.elect(torch.full((2,), math.inf), 1, [1.0], torch.bfloat16) is None
+    assert files.votes(torch.full((2,), math.inf)) == 0
 
 
 def test_an_update_that_a_scale_could_lift_beyond_float32(
@@ -240,6 +296,7 @@ def test_a_file_that_is_not_the_one_that_was_opened(
 RECIPES = {
     "average": "merge_method: average\n",
     "alphas": "merge_method: task_arithmetic\nparameters: {alpha: [0.3, 1.0]}\nout_dtype: float16\n",
+    "ties": "merge_method: ties\n",
 }
 
 
@@ -262,21 +319,26 @@ def test_a_merge_gives_the_same_bytes_and_report_without_it(
     models = "".join(f"  - model: {tmp_path}/e{t}.safetensors\n" for t in (0, 1))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"{RECIPES[name]}base_model: {tmp_path}/base.safetensors\nmodels:\n{models}")
+    monkeypatch.setattr(deltas, "PIECE_ELEMENTS", 25_000)
     done = []
 
     def counted(*arguments: object, **options: object) -> object:
         done.append(real(*arguments, **options))
         return done[-1]
 
-    real = module.native.blend
-    monkeypatch.setattr(module.native, "blend", counted)
+    function = "elect" if name == "ties" else "blend"
+    real = getattr(module.FileModels, function)
+    monkeypatch.setattr(module.FileModels, function, counted)
     mine = merge(recipe, tmp_path / "mine", allow_nonfinite=True)
-    # usual and norm; not what has no update, what is spoilt, nor float64
-    assert [found is not None for found in done].count(True) == 2
-    assert len(done) == 4
-    monkeypatch.setattr(module.native, "availability", lambda: "not built")
+    if name == "ties":  # of what is merged in pieces
+        assert [found is not None for found in done] == [True] * 3
+    else:  # usual and norm; not what has no update, what is spoilt, nor float64
+        assert [found is not None for found in done].count(True) == 4
+        assert len(done) == 6
+    asked = len(done)
+    monkeypatch.setattr(native, "availability", lambda: "not built")
     theirs = merge(recipe, tmp_path / "theirs", allow_nonfinite=True)
-    assert len(done) == 4
+    assert len(done) == asked
     files = sorted(path.relative_to(tmp_path / "mine") for path in (tmp_path / "mine").rglob("*.safetensors"))
     assert len(files) == (2 if name == "alphas" else 1)
     for file in files:

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,11 @@ import tiny
 import torch
 from command_line import Run
 
+from isomerge import deltas, surveys
+from isomerge.backends import native
 from isomerge.checkpoint import Checkpoint
 from isomerge.checkpoint.shard_files import FLUSH_BYTES
+from isomerge.deltas import Unit
 from isomerge.estimate import Estimate, disks, estimate
 from isomerge.estimate.calibration import MOST, _Known, _next
 from isomerge.estimate.disks import Disks
@@ -28,7 +32,9 @@ from isomerge.estimate.totals import Seconds, at_full_size, finish_seconds
 from isomerge.estimate.work import KEPT, Work, gather
 from isomerge.merge import open_job
 from isomerge.methods import METHODS
+from isomerge.methods.survey import Survey
 from isomerge.run import Job
+from isomerge.schedule import Step
 
 QUERY = "encoder.layer.0.attention.self.query.weight"
 RATES = Disks(read=100.0, write=50.0, checksum=200.0, cached=0.25)
@@ -168,13 +174,19 @@ def query_work(job: Job) -> Work:
 def test_pieces_are_the_first_values_of_the_models(tmp_path: Path) -> None:
     with job_of(tmp_path, "iso_c", parameters={"alpha": [0.5, 1e30]}, out_dtype="float16") as job:
         work = query_work(job)
-        small = small_job(job, work, 0.5)
+        small = small_job(job, work, 0.5, tmp_path)
         assert [(s.group.m, s.group.n, s.call.alphas) for s in small.plan.steps] == [(8, 8, (1.0, 1.0))]
         for model, piece in zip((job.base, *job.experts), (small.base, *small.experts), strict=True):
             assert torch.equal(piece.read("unit 0"), model.read(work.assignment.name, 0, 64).view(8, 8))
             assert piece.aliases == {}
         elementwise = next(w for w in gather(job) if w.method == "average")
-        assert len(small_job(job, elementwise, 1.0).plan.steps) == GROUPS
+        small = small_job(job, elementwise, 1.0, tmp_path)
+        assert len(small.plan.steps) == GROUPS
+        for model, piece in zip((job.base, *job.experts), (small.base, *small.experts), strict=True):
+            assert torch.equal(
+                piece.read("unit 0"), model.read(elementwise.assignment.name, 0, elementwise.n).view(1, -1)
+            )
+            piece.close()
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan])
@@ -186,7 +198,7 @@ def test_noise_stands_in_for_updates_that_are_zero_or_not_finite(tmp_path: Path,
         tmp_path / "e1", {name: v * (1 + value) if v.is_floating_point() else v for name, v in state.items()}
     )
     with open_job(tmp_path / "recipe.yaml") as job:
-        small = small_job(job, query_work(job), 1.0)
+        small = small_job(job, query_work(job), 1.0, tmp_path)
         base = small.base.read("unit 0").float()
         for expert in small.experts:
             assert 0 < float((expert.read("unit 0").float() - base).norm()) < 1
@@ -203,6 +215,30 @@ def test_every_work_of_every_method_is_sampled(tmp_path: Path, scratch: IO[bytes
                 assert all(0 <= value < math.inf for value in seconds)
                 assert found.spent > found.engine > 0
         assert os.fstat(scratch.fileno()).st_size == 0
+
+
+@pytest.mark.parametrize("extension", [True, False])
+def test_what_is_surveyed_is_surveyed_in_a_sample(
+    tmp_path: Path, scratch: IO[bytes], extension: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deltas, "PIECE_ELEMENTS", 100)
+    passes, real = [], surveys.Surveys._see
+
+    def see(self: surveys.Surveys, step: Step, units: Sequence[Unit], surveyed: Mapping[str, Survey]) -> None:
+        passes.append([unit.name for unit in units])
+        real(self, step, units, surveyed)
+
+    monkeypatch.setattr(surveys.Surveys, "_see", see)
+    if not extension:
+        monkeypatch.setattr(native, "availability", lambda: "not built")
+    with job_of(tmp_path, "ties") as job:
+        works = {work.step.group.units[0].whole: work for work in gather(job) if work.step is not None}
+        sample(job, works[True], 1.0, scratch)
+        assert passes == []
+        sample(job, works[False], 1.0, scratch)
+        seen = Counter(name for names in passes for name in names)
+        assert len(seen) >= GROUPS
+        assert set(seen.values()) == {3}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
@@ -223,7 +259,7 @@ def test_transposed_matrices(tmp_path: Path) -> None:
     with open_job(tiny.write_recipe(tmp_path, tiny.recipe_for("tsvm"))) as job:
         work = next(w for w in gather(job) if w.m == 32)
         assert work.transposed
-        small = small_job(job, work, 0.5)
+        small = small_job(job, work, 0.5, tmp_path)
         assert small.plan.assignments[0].shape == (4, 16)
         assert (small.plan.steps[0].group.m, small.plan.steps[0].group.n) == (16, 4)
 
@@ -247,9 +283,10 @@ def test_an_estimate_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     models = tmp_path / "models"
     models.mkdir()
     with job_of(models, "iso_cts") as job:
-        before = tree(tmp_path)
+        before = tree(models)
         found = estimate(job, models, start=0.5)
-        assert tree(tmp_path) == before
+        assert tree(models) == before
+        assert list(temporary.iterdir()) == []
     assert set(found.methods) == {"iso_cts", "average", KEPT}
     assert all(seconds.engine > 0 for seconds in found.methods.values())
     assert found.share == 1  # matrices this small are sampled whole

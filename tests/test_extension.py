@@ -236,12 +236,13 @@ base, *tuned = (torch.randn(count, generator=generator).to(d) for d in (torch.fl
 out, base_out = torch.empty(2, count), torch.empty(count)
 square = ops.subtract(base, tuned, [0.7, 1.0], base_out=base_out, out=out, backend="native")
 kth = torch.stack([ops.kth_largest(delta, count // 5, backend="native") for delta in out])
-elected = ops.elect(out, kth, backend="native")
+votes = ops.votes(out, kth, backend="native")
+elected = ops.elect(out, kth, int(votes.sign()), backend="native")
 merged = [ops.finalize(base_out[None], elected[None], 0.3, out_dtype=d, backend="native")
           for d in (torch.float16, torch.bfloat16, torch.float32)]
 merged.append(ops.drop(elected, 0.3, seed=1, backend="native"))
 sums = torch.tensor([square, ops.frobenius(out, backend="native")], dtype=torch.float64)
-torch.save([sums, out, kth, elected, *merged], sys.argv[1])
+torch.save([sums, out, kth, votes, elected, *merged], sys.argv[1])
 from isomerge import _cpu
 print(_cpu.__file__)
 """

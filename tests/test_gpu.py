@@ -32,7 +32,15 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 EPS = torch.finfo(torch.float32).eps
 FLOOR = {"shift_cov": 1e-6, "project_scale": EPS, "delta_sum": EPS, "finalize": EPS, "matmul": EPS}  # others 1e-4
 LARGE = tuple(FLOOR)  # the ops that are also called on more than 2^31 elements
-FLOOR |= {"subtract": 1e-6, "frobenius": 1e-6, "kth_largest": 0, "elect": EPS, "drop": EPS}
+FLOOR |= {
+    "subtract": 1e-6,
+    "frobenius": 1e-6,
+    "count_digits": 0,
+    "kth_largest": 0,
+    "votes": 0,
+    "elect": EPS,
+    "drop": EPS,
+}
 
 LAYOUTS = {  # odd sizes, sizes that are and are not multiples of tiles
     "square": lambda kind: matrix(kind, 128, 128),
@@ -91,9 +99,15 @@ def answers(op: str, A: Tensor, backend: str) -> tuple[Tensor, ...]:
         return (wide.new_tensor(ops.frobenius(A, backend=backend)),)
     if op == "kth_largest":
         return tuple(ops.kth_largest(wide.flatten(), k, backend=backend) for k in (1, wide.numel() // 3 + 1))
-    if op == "elect":
+    if op == "count_digits":
+        exact = A.flatten().float()  # digits are of a dtype
+        counts = ops.count_digits(exact, backend=backend)
+        return counts, ops.count_digits(exact, (int(counts.argmax()),), backend=backend)
+    if op in ("votes", "elect"):
         deltas = torch.stack([A.flip(-1).flatten(), A.flip(-2).flatten(), A.flatten()])
-        return (ops.elect(deltas, deltas.abs().float().mean(1), backend=backend),)
+        limits = deltas.abs().float().mean(1)
+        votes = ops.votes(deltas, limits, backend=backend)
+        return (votes if op == "votes" else ops.elect(deltas, limits, 1, backend=backend),)
     if op == "drop":
         return (ops.drop(A.flatten(), 0.3, seed=2**63 + 5, first=2**40, backend=backend),)
     assert op == "matmul"

@@ -20,7 +20,7 @@ LEVELS = (  # from the bottom; a module may import from lower levels, and from i
     {"delta_reader"},
     {"assignments"},
     {"plan", "spool"},
-    {"report"},
+    {"report", "surveys"},
     {"output", "tally"},
     {"run"},
     {"estimate"},

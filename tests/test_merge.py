@@ -16,10 +16,10 @@ import torch
 from tiny import assert_same
 from torch import Tensor
 
+from isomerge.deltas import unit_seed
 from isomerge.errors import InputError
 from isomerge.merge import Progress, merge, merge_state_dicts
 from isomerge.methods import METHODS, check_parameters
-from isomerge.run import unit_seed
 
 SEED = 3
 

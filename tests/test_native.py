@@ -247,17 +247,48 @@ def test_the_kth_largest_is_exact(backend: str, count: int) -> None:
             assert ops.kth_largest(values, k, backend=backend) == magnitudes[k - 1], (name, k)
 
 
-def test_wrong_calls_of_kth_largest_and_elect() -> None:
+@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("count", [0, 1, 33, 1000])
+def test_counted_digits_are_those_by_definition(backend: str, count: int) -> None:
+    for name, values in samples(count + 1).items():
+        for given in (values[:count], values[:count].double(), values[:count].bfloat16()):
+            higher: tuple[int, ...] = ()
+            for _ in range(given.element_size() // 2):
+                mine, exact = (ops.count_digits(given, higher, backend=b) for b in (backend, "reference"))
+                assert mine.dtype == torch.int64
+                assert torch.equal(mine, exact), (name, higher)
+                higher = (*higher, int(exact.argmax()))
+
+
+def test_the_kth_largest_of_pieces() -> None:
+    values = torch.cat(list(samples(2**16 + 41).values()))
+    magnitudes = values.abs().sort(descending=True).values
+    for k in (1, 77, len(values) // 3, len(values)):
+        selection = ops.Selection(k, values.dtype)
+        while not selection.found:
+            counts = [ops.count_digits(piece, selection.higher) for piece in values.split(50_001)]
+            selection.narrow(torch.stack(counts).sum(0))
+        assert selection.value() == magnitudes[k - 1]
+
+
+def test_wrong_calls_of_thresholds_and_votes() -> None:
     for values, k in ((torch.ones(3), 0), (torch.ones(3), 4), (torch.ones(2, 2), 1), (torch.ones(3).int(), 1)):
         with pytest.raises(ValueError, match="kth_largest: expected floating values"):
             ops.kth_largest(values, k)
+    for values, higher in ((torch.ones(2, 2), ()), (torch.ones(3).int(), ()), (torch.ones(3), (1, 2))):
+        with pytest.raises(ValueError, match="count_digits: expected floating values"):
+            ops.count_digits(values, higher)
     for deltas, limits in (
         (torch.ones(3), torch.ones(3)),
         (torch.ones(2, 3), torch.ones(3)),
         (torch.ones(0, 3), torch.ones(0)),
     ):
         with pytest.raises(ValueError, match="elect: expected floating deltas"):
-            ops.elect(deltas, limits)
+            ops.elect(deltas, limits, 1)
+        with pytest.raises(ValueError, match="votes: expected floating deltas"):
+            ops.votes(deltas, limits)
+    with pytest.raises(ValueError, match="expected a majority of -1, 0 or 1, got 2"):
+        ops.elect(torch.ones(2, 3), torch.ones(2), 2)
 
 
 @pytest.mark.parametrize("T", [1, 2, 5])
@@ -269,38 +300,38 @@ def test_elections_have_the_bits_of_eager(T: int, count: int) -> None:
             continue  # Inf - Inf
         deltas = torch.stack([kind[name][:count].roll(t) for t, kind in enumerate(kinds)])
         for limits in (torch.zeros(T), deltas.abs().amax(1), deltas.abs().median(dim=1).values):
-            mine, theirs = (ops.elect(deltas, limits, backend=backend) for backend in ("native", "eager"))
-            assert torch.equal(raw(mine), raw(theirs)), name
-            exact = ops.elect(deltas, limits, backend="reference").double()
+            mine, theirs = (ops.votes(deltas, limits, backend=backend) for backend in ("native", "eager"))
+            assert mine == theirs, name
+            for majority in (-1, 0, 1):
+                mine, theirs = (ops.elect(deltas, limits, majority, backend=backend) for backend in ("native", "eager"))
+                assert torch.equal(raw(mine), raw(theirs)), name
             if name == "whole numbers":  # else a sum may cancel in one arithmetic and not in the other
+                exact = ops.elect(deltas, limits, 1, backend="reference").double()
                 torch.testing.assert_close(mine.double(), exact, rtol=1e-6, atol=0)
+                assert ops.votes(deltas, limits) == ops.votes(deltas, limits, backend="reference")
 
 
 @pytest.mark.parametrize("backend", ["native", "eager", "reference"])
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_the_majority_of_all_columns_decides_where_a_sum_is_zero(backend: str, sign: float) -> None:
-    count = 3 * 2**16
-    deltas = torch.stack([torch.full((count,), 2.0), torch.full((count,), -2.0)])
-    deltas[:, : count // 3] = sign  # what a block by block count has seen at first
-    deltas[:, 2 * count // 3 :] = torch.tensor([[-3.0 * sign], [-1.0 * sign]])
-    deltas[:, -1] = -sign  # one more: the majority is against the first
-    deltas[:, 0] = torch.tensor([4.0, -4.0])
-    merged = ops.elect(deltas, torch.zeros(2), backend=backend)
-    assert merged[0] == -4 * sign
-    assert bool((merged[1 : count // 3] == sign).all())
-    assert bool((merged[count // 3 : 2 * count // 3] == -2 * sign).all())
-    assert bool((merged[2 * count // 3 : -1] == -2 * sign).all())
+def test_the_majority_decides_where_a_sum_is_zero(backend: str) -> None:
+    deltas = torch.tensor([[2.0, 3.0, -1.0, 0.0, 0.5], [-2.0, 1.0, -3.0, 0.0, -4.0]])
+    limits = torch.tensor([1.0, 1.0])
+    assert ops.votes(deltas, limits, backend=backend) == -1  # 0 + 1 - 1 + 0 - 1
+    for majority, first in ((-1, -2.0), (0, 0.0), (1, 2.0)):
+        merged = ops.elect(deltas, limits, majority, backend=backend)
+        assert merged.tolist() == [first, 2.0, -2.0, 0.0, -4.0]
 
 
 def test_elect_of_gaps_halves_and_nothing() -> None:
-    deltas = normal(6, 100)
-    plain = ops.elect(deltas[::2].contiguous(), torch.full((3,), 0.5))
-    assert torch.equal(ops.elect(deltas[::2], torch.full((3,), 0.5), backend="native"), plain)
+    deltas, limits = normal(6, 100), torch.full((3,), 0.5)
+    plain = ops.elect(deltas[::2].contiguous(), limits, 1)
+    assert torch.equal(ops.elect(deltas[::2], limits, 1, backend="native"), plain)
     turned = deltas[::2].mT.contiguous().mT
-    assert torch.equal(ops.elect(turned, torch.full((3,), 0.5), backend="native"), plain)
-    assert ops.elect(deltas.bfloat16(), torch.zeros(6)).dtype == torch.float32
-    assert ops.elect(deltas.double(), torch.zeros(6)).dtype == torch.float64
-    assert ops.elect(torch.empty(3, 0), torch.zeros(3), backend="native").shape == (0,)
+    assert torch.equal(ops.elect(turned, limits, 1, backend="native"), plain)
+    assert ops.votes(turned, limits, backend="native") == ops.votes(deltas[::2], limits)
+    assert ops.elect(deltas.bfloat16(), torch.zeros(6), 1).dtype == torch.float32
+    assert ops.elect(deltas.double(), torch.zeros(6), 1).dtype == torch.float64
+    assert ops.elect(torch.empty(3, 0), torch.zeros(3), 1, backend="native").shape == (0,)
+    assert ops.votes(torch.empty(3, 0), torch.zeros(3), backend="native") == 0
 
 
 # ---- random dropping

@@ -23,7 +23,7 @@ from spectra import relative
 from test_place import recipe
 from torch import Tensor
 
-from isomerge import capture, methods, ops
+from isomerge import capture, deltas, methods, ops
 from isomerge.backends import batched
 from isomerge.backends.triton import gemm as gemm_module
 from isomerge.merge import merge
@@ -49,10 +49,12 @@ def check(gpu: Gpu) -> None:
     assert gpu.bytes == 0
 
 
+@pytest.mark.parametrize("piece", [deltas.PIECE_ELEMENTS, 1000])
 @pytest.mark.parametrize("method", ["average", "task_arithmetic", "ties", "dare_linear", "dare_ties"])
 def test_elements_are_merged_to_the_bytes_of_the_cpu(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(deltas, "PIECE_ELEMENTS", piece)
     path = recipe(tmp_path, method)
     merge(path, tmp_path / "cpu")
     with played_gpu.played(monkeypatch) as gpu:

@@ -11,10 +11,10 @@ import tiny
 import torch
 from tiny import assert_same
 
+from isomerge.deltas import unit_seed
 from isomerge.errors import InputError
 from isomerge.merge import merge_state_dicts
 from isomerge.methods import METHODS
-from isomerge.run import unit_seed
 
 
 def test_scalars_and_empty_tensors() -> None:

@@ -32,6 +32,17 @@ Stretch stretch(const GivenStretch& given) {
   return {std::get<0>(given), std::get<1>(given), static_cast<Dtype>(std::get<2>(given))};
 }
 
+Outputs outputs(const std::vector<float>& scales, const std::vector<std::uintptr_t>& outs, int dtype) {
+  Outputs made{scales, {}, static_cast<Dtype>(dtype)};
+  for (const std::uintptr_t address : outs) made.outs.push_back(at<void*>(address));
+  return made;
+}
+
+std::optional<std::pair<double, double>> pair(const std::optional<Squares>& squares) {
+  if (!squares) return std::nullopt;
+  return std::make_pair(squares->sum, squares->update);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -64,37 +75,28 @@ PYBIND11_MODULE(_cpu, module) {
       },
       py::arg("base"), py::arg("update"), py::arg("scale"), py::arg("count"), py::arg("out"));
   module.def(
-      "blend",
-      [](const GivenStretch& base, const std::vector<GivenStretch>& tuned, const std::vector<float>& weights,
-         std::int64_t count, int reduction, const std::vector<float>& scales, const std::vector<std::uintptr_t>& outs,
-         int dtype) -> std::optional<std::pair<double, double>> {
-        std::vector<Stretch> tasks;
-        for (const GivenStretch& task : tuned) tasks.push_back(stretch(task));
-        std::vector<void*> merged;
-        for (const std::uintptr_t address : outs) merged.push_back(at<void*>(address));
+      "count_digits",
+      [](std::uintptr_t address, std::int64_t count, std::optional<std::uint32_t> high, std::uintptr_t counts) {
         const py::gil_scoped_release released;
-        const auto squares = blend(stretch(base), tasks, weights, count, static_cast<Reduction>(reduction), scales,
-                                   merged, static_cast<Dtype>(dtype));
-        if (!squares) return std::nullopt;
-        return std::make_pair(squares->sum, squares->update);
+        Digits(high, at<std::int64_t*>(counts)).add(at<const float*>(address), count);
       },
-      py::arg("base"), py::arg("tuned"), py::arg("weights"), py::arg("count"), py::arg("reduction"),
-      py::arg("scales"), py::arg("outs"), py::arg("dtype"));
+      py::arg("values"), py::arg("count"), py::arg("high"), py::arg("counts"));
   module.def(
-      "kth_largest",
-      [](std::uintptr_t address, std::int64_t count, std::int64_t k) {
+      "votes",
+      [](std::uintptr_t deltas, std::int64_t stride, const std::vector<float>& thresholds, std::int64_t count) {
         const py::gil_scoped_release released;
-        return kth_largest(at<const float*>(address), count, k);
+        return votes(at<const float*>(deltas), stride, thresholds, count);
       },
-      py::arg("values"), py::arg("count"), py::arg("k"));
+      py::arg("deltas"), py::arg("stride"), py::arg("thresholds"), py::arg("count"));
   module.def(
       "elect",
-      [](std::uintptr_t deltas, std::int64_t stride, const std::vector<float>& thresholds, std::int64_t count,
-         std::uintptr_t merged) {
+      [](std::uintptr_t deltas, std::int64_t stride, const std::vector<float>& thresholds, int majority,
+         std::int64_t count, std::uintptr_t merged) {
         const py::gil_scoped_release released;
-        elect(at<const float*>(deltas), stride, thresholds, count, at<float*>(merged));
+        elect(at<const float*>(deltas), stride, thresholds, majority, count, at<float*>(merged));
       },
-      py::arg("deltas"), py::arg("stride"), py::arg("thresholds"), py::arg("count"), py::arg("merged"));
+      py::arg("deltas"), py::arg("stride"), py::arg("thresholds"), py::arg("majority"), py::arg("count"),
+      py::arg("merged"));
   module.def(
       "drop",
       [](std::uintptr_t given, std::int64_t count, double density, std::uint64_t seed, std::int64_t first,
@@ -103,4 +105,39 @@ PYBIND11_MODULE(_cpu, module) {
         drop(at<const float*>(given), count, density, seed, first, at<float*>(kept));
       },
       py::arg("values"), py::arg("count"), py::arg("density"), py::arg("seed"), py::arg("first"), py::arg("kept"));
+
+  py::class_<Models>(module, "Models")
+      .def(py::init([](const GivenStretch& base, const std::vector<GivenStretch>& tuned,
+                       const std::vector<float>& weights, std::int64_t count) {
+             Models models{stretch(base), {}, weights, count};
+             for (const GivenStretch& task : tuned) models.tuned.push_back(stretch(task));
+             return models;
+           }),
+           py::arg("base"), py::arg("tuned"), py::arg("weights"), py::arg("count"))
+      .def("blend",
+           [](const Models& models, int reduction, const std::vector<float>& scales,
+              const std::vector<std::uintptr_t>& outs, int dtype) {
+             const py::gil_scoped_release released;
+             return pair(blend(models, static_cast<Reduction>(reduction), outputs(scales, outs, dtype)));
+           },
+           py::arg("reduction"), py::arg("scales"), py::arg("outs"), py::arg("dtype"))
+      .def("elect",
+           [](const Models& models, const std::vector<float>& thresholds, int majority,
+              const std::vector<float>& scales, const std::vector<std::uintptr_t>& outs, int dtype) {
+             const py::gil_scoped_release released;
+             return pair(elect(models, thresholds, majority, outputs(scales, outs, dtype)));
+           },
+           py::arg("thresholds"), py::arg("majority"), py::arg("scales"), py::arg("outs"), py::arg("dtype"))
+      .def("votes",
+           [](const Models& models, const std::vector<float>& thresholds) {
+             const py::gil_scoped_release released;
+             return votes(models, thresholds);
+           },
+           py::arg("thresholds"))
+      .def("count_digits",
+           [](const Models& models, const std::vector<std::optional<std::uint32_t>>& highs, std::uintptr_t counts) {
+             const py::gil_scoped_release released;
+             return count_digits(models, highs, at<std::int64_t*>(counts));
+           },
+           py::arg("highs"), py::arg("counts"));
 }

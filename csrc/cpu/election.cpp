@@ -7,37 +7,27 @@
 
 namespace {
 
-constexpr std::int64_t BLOCK = 1024;       // columns at a time: four arrays of 4 KiB stay in the first cache
-constexpr std::int64_t GUESSED = 1 << 14;  // columns that are decided by one guess of the majority
+constexpr std::int64_t BLOCK = 1024;  // columns at a time: four arrays of 4 KiB stay in the first cache
 
-constexpr int LOW = 16, HIGH = 15;                       // bits of a magnitude: the digits that are counted
+constexpr int DIGIT = 16, HIGH = 15;                     // bits of a digit, and of the high one without the sign
 constexpr std::int64_t COUNTED = std::int64_t{1} << 30;  // values whose counts 32 bits hold
 
-ISOMERGE_INLINE std::uint32_t high_digit(float value) { return bits<std::uint32_t>(value) << 1 >> (LOW + 1); }
+ISOMERGE_INLINE std::uint32_t high_digit(float value) { return bits<std::uint32_t>(value) << 1 >> (DIGIT + 1); }
 
-// Which digit the k-th largest value has; k becomes its rank among the values of that digit.
-std::uint32_t digit_of(const std::vector<std::int64_t>& counts, std::int64_t& k) {
-  std::uint32_t digit = static_cast<std::uint32_t>(counts.size()) - 1;
-  while (k > counts[digit]) k -= counts[digit--];
-  return digit;
-}
+// What is kept of the columns first .. first + length - 1: sums of the positive entries and of the negative ones'
+// magnitudes.
+struct Sums {
+  alignas(64) float positive[BLOCK], negative[BLOCK];
+};
 
-int sign(std::int64_t value) { return (value > 0) - (value < 0); }
-
-// Columns first .. first + length - 1: their means to `merged`, with `majority` where a sum is zero. Returns the sum of
-// the signs of all sums.
-ISOMERGE_INLINE std::int64_t decide(const float* deltas, std::int64_t stride, const std::vector<float>& thresholds,
-                                    std::int64_t first, std::int64_t length, int majority, float* __restrict merged) {
-  alignas(64) float sums[2][BLOCK];
-  alignas(64) std::int32_t counts[2][BLOCK];
-  float* __restrict const positive = sums[0];
-  float* __restrict const negative = sums[1];
-  std::int32_t* __restrict const positives = counts[0];
-  std::int32_t* __restrict const negatives = counts[1];
+// Calls seen(i, entry or zero) for every entry, in addition.
+template <class Seen>
+ISOMERGE_INLINE void add(const float* deltas, std::int64_t stride, const std::vector<float>& thresholds,
+                         std::int64_t first, std::int64_t length, Sums& sums, Seen seen) {
+  float* __restrict const positive = sums.positive;
+  float* __restrict const negative = sums.negative;
   std::fill_n(positive, length, 0.0f);
   std::fill_n(negative, length, 0.0f);
-  std::fill_n(positives, length, 0);
-  std::fill_n(negatives, length, 0);
   for (std::size_t t = 0; t < thresholds.size(); ++t) {
     const float* __restrict delta = deltas + static_cast<std::int64_t>(t) * stride + first;
     const float threshold = thresholds[t];
@@ -46,31 +36,32 @@ ISOMERGE_INLINE std::int64_t decide(const float* deltas, std::int64_t stride, co
       const float kept = magnitude >= threshold ? value : 0.0f;
       positive[i] += std::max(kept, 0.0f);
       negative[i] += std::max(-kept, 0.0f);
-      positives[i] += static_cast<std::int32_t>(kept > 0.0f);  // of whole numbers no masked stores are made
-      negatives[i] += static_cast<std::int32_t>(kept < 0.0f);
+      seen(i, kept);
     }
   }
-  std::int32_t votes = 0;
-  const float undecided = static_cast<float>(majority);
-  for (std::int64_t i = 0; i < length; ++i) {
-    const float elected = positive[i] - negative[i];
-    const float winner = elected == 0.0f ? undecided : elected;
-    const float above = positive[i] / static_cast<float>(std::max(positives[i], 1));
-    const float below = 0.0f - negative[i] / static_cast<float>(std::max(negatives[i], 1));
-    merged[first + i] = winner > 0.0f ? above : winner < 0.0f ? below : 0.0f;
-    votes += static_cast<std::int32_t>(elected > 0.0f) - static_cast<std::int32_t>(elected < 0.0f);
-  }
-  return votes;
 }
 
-ISOMERGE_CLONES
-std::int64_t decide_blocks(const float* deltas, std::int64_t stride, const std::vector<float>& thresholds,
-                           std::int64_t first, std::int64_t last, int majority, float* merged) {
-  std::int64_t votes = 0;
-  for (; first < last; first += BLOCK) {
-    votes += decide(deltas, stride, thresholds, first, std::min(BLOCK, last - first), majority, merged);
+// The means of columns first .. first + length - 1 to `merged`.
+ISOMERGE_INLINE void decide(const float* deltas, std::int64_t stride, const std::vector<float>& thresholds,
+                            std::int64_t first, std::int64_t length, int majority, float* __restrict merged) {
+  Sums sums;
+  alignas(64) std::int32_t counts[2][BLOCK];
+  std::int32_t* __restrict const positives = counts[0];
+  std::int32_t* __restrict const negatives = counts[1];
+  std::fill_n(positives, length, 0);
+  std::fill_n(negatives, length, 0);
+  add(deltas, stride, thresholds, first, length, sums, [&](std::int64_t i, float kept) ISOMERGE_LAMBDA {
+    positives[i] += static_cast<std::int32_t>(kept > 0.0f);  // of whole numbers no masked stores are made
+    negatives[i] += static_cast<std::int32_t>(kept < 0.0f);
+  });
+  const float undecided = static_cast<float>(majority);
+  for (std::int64_t i = 0; i < length; ++i) {
+    const float elected = sums.positive[i] - sums.negative[i];
+    const float winner = elected == 0.0f ? undecided : elected;
+    const float above = sums.positive[i] / static_cast<float>(std::max(positives[i], 1));
+    const float below = 0.0f - sums.negative[i] / static_cast<float>(std::max(negatives[i], 1));
+    merged[first + i] = winner > 0.0f ? above : winner < 0.0f ? below : 0.0f;
   }
-  return votes;
 }
 
 // How often each low digit occurs among the values whose high digit is `high`, most often few.
@@ -85,46 +76,69 @@ void count_low_digits(const float* values, std::int64_t count, std::uint32_t hig
     }
     if (!found) continue;
     for (std::int64_t i = first; i < first + length; ++i) {
-      if (high_digit(values[i]) == high) ++counts[bits<std::uint32_t>(values[i]) & ((1u << LOW) - 1)];
+      if (high_digit(values[i]) == high) ++counts[bits<std::uint32_t>(values[i]) & ((1u << DIGIT) - 1)];
     }
   }
 }
 
 }  // namespace
 
-float kth_largest(const float* values, std::int64_t count, std::int64_t k) {
-  // Magnitudes are ordered as their bits. Neighbours are often alike: two tables let two counts go on at once.
-  std::vector<std::uint32_t> even(1 << HIGH), odd(1 << HIGH);
-  std::vector<std::int64_t> totals(1 << HIGH);
-  for (std::int64_t first = 0; first < count; first += COUNTED) {
-    const std::int64_t last = std::min(count, first + COUNTED);
-    std::fill(even.begin(), even.end(), 0);
-    std::fill(odd.begin(), odd.end(), 0);
-    std::int64_t i = first;
-    for (; i + 2 <= last; i += 2) {
-      ++even[high_digit(values[i])];
-      ++odd[high_digit(values[i + 1])];
-    }
-    if (i < last) ++even[high_digit(values[i])];
-    for (std::size_t digit = 0; digit < totals.size(); ++digit) totals[digit] += std::int64_t{even[digit]} + odd[digit];
+Digits::Digits(std::optional<std::uint32_t> high, std::int64_t* counts) : high_(high), counts_(counts) {
+  if (!high_) {
+    even_.resize(1 << HIGH);
+    odd_.resize(1 << HIGH);
   }
-  const std::uint32_t high = digit_of(totals, k);
-  std::vector<std::int64_t> lower(1 << LOW);
-  count_low_digits(values, count, high, lower.data());
-  return bits<float>(high << LOW | digit_of(lower, k));
 }
 
-void elect(const float* deltas, std::int64_t stride, const std::vector<float>& thresholds, std::int64_t count,
-           float* merged) {
-  std::int64_t votes = 0;
-  std::vector<int> guesses;
-  for (std::int64_t first = 0; first < count; first += GUESSED) {
-    guesses.push_back(sign(votes));
-    votes += decide_blocks(deltas, stride, thresholds, first, std::min(first + GUESSED, count), guesses.back(), merged);
+Digits::~Digits() { flush(); }
+
+void Digits::add(const float* values, std::int64_t count) {
+  if (high_) {
+    count_low_digits(values, count, *high_, counts_);
+    return;
   }
-  for (std::size_t block = 0; block < guesses.size(); ++block) {
-    if (guesses[block] == sign(votes)) continue;
-    const std::int64_t first = static_cast<std::int64_t>(block) * GUESSED;
-    decide_blocks(deltas, stride, thresholds, first, std::min(first + GUESSED, count), sign(votes), merged);
+  while (count > 0) {
+    if (waiting_ == COUNTED) flush();
+    const std::int64_t length = std::min(count, COUNTED - waiting_);
+    std::int64_t i = 0;
+    for (; i + 2 <= length; i += 2) {
+      ++even_[high_digit(values[i])];
+      ++odd_[high_digit(values[i + 1])];
+    }
+    if (i < length) ++even_[high_digit(values[i])];
+    waiting_ += length, values += length, count -= length;
+  }
+}
+
+void Digits::flush() {
+  if (waiting_ == 0) return;
+  for (std::size_t digit = 0; digit < even_.size(); ++digit) counts_[digit] += std::int64_t{even_[digit]} + odd_[digit];
+  std::fill(even_.begin(), even_.end(), 0);
+  std::fill(odd_.begin(), odd_.end(), 0);
+  waiting_ = 0;
+}
+
+ISOMERGE_CLONES
+std::int64_t votes(const float* deltas, std::int64_t stride, const std::vector<float>& thresholds, std::int64_t count) {
+  std::int64_t total = 0;
+  for (std::int64_t first = 0; first < count; first += BLOCK) {
+    const std::int64_t length = std::min(BLOCK, count - first);
+    Sums sums;
+    add(deltas, stride, thresholds, first, length, sums, [](std::int64_t, float) ISOMERGE_LAMBDA {});
+    std::int32_t sum = 0;
+    for (std::int64_t i = 0; i < length; ++i) {
+      const float elected = sums.positive[i] - sums.negative[i];
+      sum += static_cast<std::int32_t>(elected > 0.0f) - static_cast<std::int32_t>(elected < 0.0f);
+    }
+    total += sum;
+  }
+  return total;
+}
+
+ISOMERGE_CLONES
+void elect(const float* deltas, std::int64_t stride, const std::vector<float>& thresholds, int majority,
+           std::int64_t count, float* merged) {
+  for (std::int64_t first = 0; first < count; first += BLOCK) {
+    decide(deltas, stride, thresholds, first, std::min(BLOCK, count - first), majority, merged);
   }
 }

@@ -7,10 +7,12 @@
 #include <cmath>
 #include <memory>
 
+#include "election.h"
+
 namespace {
 
-// Bytes of all models that are read at a time: the kernel copies them to a second-level cache twice as fast as to memory.
-// From 2^15 to 2^17 elements of five bfloat16 models there is no difference; shorter calls take longer than the copies.
+// Bytes of a block, of all its arrays but the update: they stay in a second-level cache, to which the kernel copies twice
+// as fast as to memory. Between half and twice as much there is no difference; shorter calls take longer than the copies.
 constexpr std::int64_t CACHED = 640 << 10, LEAST = 4096;
 
 static_assert(sizeof(off_t) == 8, "files are longer than 2 GiB");
@@ -32,36 +34,110 @@ void* behind(void* values, std::int64_t elements, Dtype dtype) {
   return static_cast<char*>(values) + elements * size_of(dtype);
 }
 
-}  // namespace
+// The models' elements and their deltas, a block after the other.
+class Blocks {
+ public:
+  Blocks(const Models& models, Reduction reduction)
+      : models_(models), files_{models.base}, reduction_(reduction), rows_(rows_of(models, reduction)) {
+    files_.insert(files_.end(), models.tuned.begin(), models.tuned.end());
+    std::int64_t together = 0;  // bytes of an element
+    for (const Stretch& file : files_) together += size_of(file.dtype);
+    if (reduction == Reduction::none) together += (1 + rows_) * static_cast<std::int64_t>(sizeof(float));
+    stride = std::min(models.count, std::max(CACHED / together, LEAST));
+    raw_.reset(new float[files_.size() * stride]);
+    origin.reset(new float[stride]);
+    deltas.reset(new float[rows_ * stride]);
+    for (std::size_t i = 0; i < files_.size(); ++i) values_.push_back({raw_.get() + i * stride, files_[i].dtype});
+    tasks_.assign(values_.begin() + 1, values_.end());
+  }
 
-std::optional<Squares> blend(Stretch base, const std::vector<Stretch>& tuned, const std::vector<float>& weights,
-                             std::int64_t count, Reduction reduction, const std::vector<float>& scales,
-                             const std::vector<void*>& outs, Dtype dtype) {
-  std::vector<Stretch> models{base};
-  models.insert(models.end(), tuned.begin(), tuned.end());
-  std::int64_t together = 0;  // bytes of an element of all models
-  for (const Stretch& model : models) together += size_of(model.dtype);
-  const std::int64_t length = std::min(count, std::max(CACHED / together, LEAST));
-  const std::unique_ptr<float[]> raw(new float[models.size() * length]), origin(new float[length]),
-      update(new float[length]);
-  std::vector<Values> values;
-  for (std::size_t i = 0; i < models.size(); ++i) values.push_back({raw.get() + i * length, models[i].dtype});
-  const std::vector<Values> tasks(values.begin() + 1, values.end());
-  Squares squares{};
-  for (std::int64_t first = 0; first < count; first += length) {
-    const std::int64_t elements = std::min(length, count - first);
-    for (std::size_t i = 0; i < models.size(); ++i) {
-      const std::int64_t size = size_of(models[i].dtype);
-      char* const to = reinterpret_cast<char*>(raw.get() + i * length);
-      if (!read(models[i].file, models[i].offset + first * size, elements * size, to)) return std::nullopt;
+  // Whether there is another block, which is then in memory; a failure ends them.
+  bool next() {
+    first += elements;
+    elements = std::min(models_.count - first, stride);
+    if (elements <= 0) return false;
+    for (std::size_t i = 0; i < files_.size(); ++i) {
+      const std::int64_t size = size_of(files_[i].dtype);
+      char* const to = reinterpret_cast<char*>(raw_.get() + i * stride);
+      failed = failed || !read(files_[i].file, files_[i].offset + first * size, elements * size, to);
     }
-    const double sum = subtract(values[0], tasks, weights, elements, reduction, origin.get(), update.get(), 0);
-    const double square = reduction == Reduction::sum ? sum : sum_squares(update.get(), elements);
-    if (!std::isfinite(sum) || square == 0) return std::nullopt;
-    squares.sum += sum, squares.update += square;
-    for (std::size_t a = 0; a < scales.size(); ++a) {
-      finalize({origin.get(), Dtype::float32}, update.get(), scales[a], elements, behind(outs[a], first, dtype), dtype);
+    if (failed) return false;
+    square = subtract(values_[0], tasks_, models_.weights, elements, reduction_, origin.get(), deltas.get(), stride);
+    sum += square;
+    failed = !std::isfinite(square);
+    return !failed;
+  }
+
+  void finish(const float* update, const Outputs& outputs) const {
+    for (std::size_t a = 0; a < outputs.scales.size(); ++a) {
+      finalize({origin.get(), Dtype::float32}, update, outputs.scales[a], elements,
+               behind(outputs.outs[a], first, outputs.dtype), outputs.dtype);
     }
   }
-  return squares;
+
+  std::int64_t first = 0, elements = 0, stride;
+  std::unique_ptr<float[]> origin, deltas;  // [stride], [tasks or 1][stride]
+  double square = 0, sum = 0;               // of the block's summed deltas the squared norm, and of all so far
+  bool failed = false;
+
+ private:
+  static std::int64_t rows_of(const Models& models, Reduction reduction) {
+    return reduction == Reduction::none ? static_cast<std::int64_t>(models.tuned.size()) : 1;
+  }
+
+  const Models& models_;
+  std::vector<Stretch> files_;
+  Reduction reduction_;
+  std::int64_t rows_;
+  std::unique_ptr<float[]> raw_;
+  std::vector<Values> values_, tasks_;
+};
+
+}  // namespace
+
+std::optional<Squares> blend(const Models& models, Reduction reduction, const Outputs& outputs) {
+  Blocks blocks(models, reduction);
+  double squares = 0;
+  while (blocks.next()) {
+    const double square =
+        reduction == Reduction::sum ? blocks.square : sum_squares(blocks.deltas.get(), blocks.elements);
+    if (square == 0) return std::nullopt;
+    squares += square;
+    blocks.finish(blocks.deltas.get(), outputs);
+  }
+  if (blocks.failed) return std::nullopt;
+  return Squares{blocks.sum, squares};
+}
+
+std::optional<Squares> elect(const Models& models, const std::vector<float>& thresholds, int majority,
+                             const Outputs& outputs) {
+  Blocks blocks(models, Reduction::none);
+  const std::unique_ptr<float[]> update(new float[blocks.stride]);
+  double squares = 0;
+  while (blocks.next()) {
+    elect(blocks.deltas.get(), blocks.stride, thresholds, majority, blocks.elements, update.get());
+    squares += sum_squares(update.get(), blocks.elements);
+    blocks.finish(update.get(), outputs);
+  }
+  if (blocks.failed || squares == 0) return std::nullopt;
+  return Squares{blocks.sum, squares};
+}
+
+std::optional<std::int64_t> votes(const Models& models, const std::vector<float>& thresholds) {
+  Blocks blocks(models, Reduction::none);
+  std::int64_t total = 0;
+  while (blocks.next()) total += votes(blocks.deltas.get(), blocks.stride, thresholds, blocks.elements);
+  if (blocks.failed) return std::nullopt;
+  return total;
+}
+
+bool count_digits(const Models& models, const std::vector<std::optional<std::uint32_t>>& highs, std::int64_t* counts) {
+  Blocks blocks(models, Reduction::none);
+  std::vector<Digits> tasks;
+  tasks.reserve(highs.size());
+  for (std::size_t t = 0; t < highs.size(); ++t) tasks.emplace_back(highs[t], counts + t * (1 << 16));
+  while (blocks.next()) {
+    for (std::size_t t = 0; t < tasks.size(); ++t) tasks[t].add(blocks.deltas.get() + t * blocks.stride, blocks.elements);
+  }
+  return !blocks.failed;
 }

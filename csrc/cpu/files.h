@@ -15,14 +15,39 @@ struct Stretch {
   Dtype dtype;
 };
 
+// `count` elements of a base and of what was tuned from it, task by task, with the weights of these.
+struct Models {
+  Stretch base;
+  std::vector<Stretch> tuned;
+  std::vector<float> weights;
+  std::int64_t count;
+};
+
+// What is made of an update: outs[a][i] = base[i] + scales[a] update[i], rounded as by `finalize`.
+struct Outputs {
+  std::vector<float> scales;
+  std::vector<void*> outs;
+  Dtype dtype;
+};
+
 // Sums over all elements, in float64.
 struct Squares {
   double sum;     // of the squared sum over t of weights[t] (tuned[t] - base)
-  double update;  // of the squared update: that sum, or the mean over t
+  double update;  // of the squared update
 };
 
-// outs[a][i] = base[i] + scales[a] update[i], rounded as by `finalize`, update[i] as by `subtract`.
-// Nothing, and what `outs` holds is of no use, unless every block could be read and its update is finite and not zero.
-std::optional<Squares> blend(Stretch base, const std::vector<Stretch>& tuned, const std::vector<float>& weights,
-                             std::int64_t count, Reduction reduction, const std::vector<float>& scales,
-                             const std::vector<void*>& outs, Dtype dtype);
+// All of these give nothing, and what they have written is of no use, where a block cannot be read or the sum of its
+// deltas is not finite. Deltas are those of `subtract`.
+
+// The update is the sum of the deltas over t, or their mean. Nothing also where a block's update is zero.
+std::optional<Squares> blend(const Models& models, Reduction reduction, const Outputs& outputs);
+
+// The update is that of `elect`. Nothing also where it is zero everywhere.
+std::optional<Squares> elect(const Models& models, const std::vector<float>& thresholds, int majority,
+                             const Outputs& outputs);
+
+// Those of `votes`.
+std::optional<std::int64_t> votes(const Models& models, const std::vector<float>& thresholds);
+
+// Adds to counts[t][2^16] those of `Digits` with highs[t] over the deltas of task t. Whether everything was counted.
+bool count_digits(const Models& models, const std::vector<std::optional<std::uint32_t>>& highs, std::int64_t* counts);

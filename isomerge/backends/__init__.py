@@ -28,13 +28,16 @@ OPS = (
     "matmul",
     "subtract",
     "frobenius",
+    "count_digits",
     "kth_largest",
+    "votes",
     "elect",
     "drop",
 )
 """Every op of `isomerge.ops` that is dispatched."""
 
-_PASSES = ("subtract", "frobenius", "kth_largest", "elect", "drop")  # for which a GPU has no kernels but torch's own
+_ELECTION = ("count_digits", "kth_largest", "votes", "elect")
+_PASSES = ("subtract", "frobenius", *_ELECTION, "drop")  # for which a GPU has no kernels but torch's own
 
 
 class Backend(NamedTuple):

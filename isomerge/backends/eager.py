@@ -35,8 +35,10 @@ from isomerge.backends.eigen import (
     times,
     unresolved,
 )
+from isomerge.backends.election import count_digits as count_digits
 from isomerge.backends.election import elect as elect
 from isomerge.backends.election import kth_largest as kth_largest
+from isomerge.backends.election import votes as votes
 from isomerge.backends.iterations import block_krylov, eigh
 from isomerge.backends.partial_eigen import leading_eigenvectors
 from isomerge.backends.side_by_side import matrices, side_by_side

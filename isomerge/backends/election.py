@@ -2,56 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
+from isomerge.backends.selection import BITS, DIGIT, DIGITS, Selection
+
 BLOCK = 2**16  # elements merged at a time on a CPU: eight float32 arrays then stay in its cache
-DIGIT = 16  # bits of a value that are counted in one pass; not worth it for fewer values than a digit has
 COUNTED = 2**18  # elements counted at a time on a CPU, for its cache
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+FEW = DIGITS  # values, for which counting takes longer than it saves
+
+
+def count_digits(values: Tensor, higher: Sequence[int]) -> Tensor:
+    """Block by block; memory does not grow with n."""
+    bits = values.view(BITS[values.element_size()])
+    shift = 8 * values.element_size() - DIGIT * (1 + len(higher))
+    step = COUNTED if values.device.type == "cpu" else max(1, values.numel())
+    prefix = sum(digit << DIGIT * place for place, digit in enumerate(reversed(higher)))
+    counts = torch.zeros(DIGITS, dtype=torch.int64, device=values.device)
+    for block in bits.split(step):
+        digits = block & torch.iinfo(bits.dtype).max
+        if higher:
+            digits = digits[digits >> (shift + DIGIT) == prefix] & (DIGITS - 1) << shift
+        counts += torch.bincount(digits >> shift if shift else digits, minlength=DIGITS)
+    return counts
 
 
 def kth_largest(values: Tensor, k: int) -> Tensor:
-    """Digit by digit of the magnitudes' bits, which are ordered as whole numbers are, the highest digit first: one pass
-    counts how often each digit occurs among the magnitudes that begin as the result does. A pass for every 16 bits of
-    the dtype; memory does not grow with n.
-    """
-    if values.numel() <= 2**DIGIT:
+    """Digit by digit, but where there are few values."""
+    if values.numel() <= FEW:
         return values.abs().kthvalue(values.numel() - k + 1).values
-    size = 8 * values.element_size()
-    bits = values.view(_BITS[values.element_size()])
-    step = COUNTED if values.device.type == "cpu" else max(1, values.numel())
-    prefix = 0
-    for shift in range(size - DIGIT, -1, -DIGIT):
-        counts = torch.zeros(2**DIGIT, dtype=torch.int64, device=values.device)
-        for block in bits.split(step):
-            digits = block & torch.iinfo(bits.dtype).max
-            if shift + DIGIT < size:
-                digits = digits[digits >> (shift + DIGIT) == prefix] & (2**DIGIT - 1) << shift
-            counts += torch.bincount(digits >> shift if shift else digits, minlength=2**DIGIT)
-        at_least = counts.flip(0).cumsum(0)  # how many have the largest digit, one of the two largest, ...
-        place = int(torch.searchsorted(at_least, k))
-        k -= int(at_least[place - 1]) if place else 0
-        prefix = prefix << DIGIT | (2**DIGIT - 1 - place)
-    return torch.tensor(prefix, dtype=bits.dtype, device=values.device).view(values.dtype)
+    selection = Selection(k, values.dtype)
+    while not selection.found:
+        selection.narrow(count_digits(values, selection.higher))
+    return selection.value().to(values.device)
 
 
-def elect(deltas: Tensor, thresholds: Tensor) -> Tensor:
-    """Block by block, each with the majority so far; those that it changes afterwards once more."""
+def votes(deltas: Tensor, thresholds: Tensor) -> Tensor:
+    """Block by block."""
+    total = torch.zeros((), dtype=torch.int64, device=deltas.device)
+    for _, _, _, elected in _parts(deltas, thresholds):
+        total += elected.sign_().sum(dtype=torch.int64)
+    return total
+
+
+def elect(deltas: Tensor, thresholds: Tensor, majority: int) -> Tensor:
+    """Block by block."""
     merged = torch.zeros_like(deltas[0])
-    step = BLOCK if deltas.device.type == "cpu" else max(1, merged.numel())
-    votes, guesses = 0, []
-    blocks = list(zip(deltas.split(step, dim=-1), merged.split(step), strict=True))
-    limits = torch.nextafter(thresholds, thresholds.new_tensor(-1)).tolist()  # what is larger stays
-    for part, out in blocks:
-        positive, negative, elected = _election(part, limits)
-        votes += int(elected.sign().sum())
-        guesses.append(_sign(votes))
-        out.copy_(_decided(positive, negative, elected, guesses[-1]))
-    for (part, out), guess in zip(blocks, guesses, strict=True):
-        if guess != _sign(votes):
-            out.copy_(_decided(*_election(part, limits), _sign(votes)))
+    for part, positive, negative, elected in _parts(deltas, thresholds):
+        merged[part] = _decided(positive, negative, elected, majority)
     return merged
+
+
+def _parts(deltas: Tensor, thresholds: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Which columns, and what `_election` gives for them."""
+    count = deltas.shape[1]
+    step = BLOCK if deltas.device.type == "cpu" else max(1, count)
+    limits = torch.nextafter(thresholds, thresholds.new_tensor(-1)).tolist()  # what is larger stays
+    for first in range(0, count, step):
+        part = slice(first, first + step)
+        yield part, *_election(deltas[:, part], limits)
 
 
 def _election(deltas: Tensor, limits: list[float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +76,7 @@ def _election(deltas: Tensor, limits: list[float]) -> tuple[Tensor, Tensor, Tens
         positive = delta.relu()
         for sign, part in ((1, positive), (-1, positive - delta)):
             present = part.sign()
-            sums[sign] = sums[sign].add_(part) if sign in sums else part.clone()
+            sums[sign] = sums[sign].add_(part) if sign in sums else part + 0.0  # a zero without sign
             counts[sign] = counts[sign].add_(present) if sign in counts else present
     elected = sums[1] - sums[-1]
     positive, negative = (sums[sign].div_(counts[sign].clamp_min_(1)) for sign in (1, -1))
@@ -77,7 +88,3 @@ def _decided(positive: Tensor, negative: Tensor, elected: Tensor, majority: int)
     winner = elected.sign_()
     winner += (1 - winner.abs()) * majority
     return positive.mul_(winner.relu()).sub_(negative.mul_(winner.neg().relu_()))  # where() takes 17 times as long
-
-
-def _sign(value: int) -> int:
-    return (value > 0) - (value < 0)

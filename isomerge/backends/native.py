@@ -18,6 +18,7 @@ from torch import Tensor
 
 from isomerge.backends import BackendUnavailable, eager
 from isomerge.backends.extension import load
+from isomerge.backends.selection import DIGITS, Selection
 from isomerge.backends.side_by_side import concurrently, matrices
 from isomerge.memory import on_huge_pages
 
@@ -34,6 +35,14 @@ class Stretch(NamedTuple):
     file: int  # descriptor
     offset: int
     dtype: torch.dtype
+
+
+class Finalized(NamedTuple):
+    """What an update makes of the base."""
+
+    values: tuple[Tensor, ...]  # [count] for each scale
+    sum_square: float  # ||sum of the deltas||²
+    update_square: float  # ||update||²
 
 
 def availability() -> str | None:
@@ -81,29 +90,49 @@ def subtract(
     return square
 
 
-def blend(
-    models: Sequence[Stretch],
-    count: int,
-    *,
-    weights: Sequence[float],
-    reduction: str,
-    scales: Sequence[float],
-    out_dtype: torch.dtype,
-) -> tuple[tuple[Tensor, ...], float, float] | None:
-    """`subtract` by a reduction and `finalize` for each scale, on elements that are read in blocks. One thread.
+class FileModels:
+    """The elements of a base and of what was tuned from it, in open files, read in blocks. Each call is one thread's.
 
-    The merged values [count] and the squared norms of the sum of the deltas and of the update. None where a block is
-    not read, where its update is not finite or is zero, and for dtypes that are others' business.
+    Deltas are those of `subtract`. Every answer is None where a block is not read or the sum of its deltas not finite.
     """
-    if not {out_dtype, *(model.dtype for model in models)} <= _DTYPES.keys():
-        return None
-    values = tuple(torch.empty(count, dtype=out_dtype) for _ in scales)
-    base, *tuned = ((model.file, model.offset, _DTYPES[model.dtype]) for model in models)
-    squares = _extension().blend(
-        *(base, tuned, weights, count, _REDUCTIONS[reduction], scales),
-        *([merged.data_ptr() for merged in values], _DTYPES[out_dtype]),
-    )
-    return None if squares is None else (values, *squares)
+
+    def __init__(self, models: Sequence[Stretch], count: int, *, weights: Sequence[float]) -> None:
+        """Of dtypes that `reads`."""
+        base, *tuned = ((model.file, model.offset, _DTYPES[model.dtype]) for model in models)
+        self._models, self._tasks, self._count = _extension().Models(base, tuned, weights, count), len(tuned), count
+
+    def blend(self, reduction: str, scales: Sequence[float], out_dtype: torch.dtype) -> Finalized | None:
+        """A reduction of the deltas and `finalize` for each scale; None also where a block's update is zero."""
+        return self._finalized(self._models.blend, (_REDUCTIONS[reduction],), scales, out_dtype)
+
+    def elect(
+        self, thresholds: Tensor, majority: int, scales: Sequence[float], out_dtype: torch.dtype
+    ) -> Finalized | None:
+        """`elect` and `finalize` for each scale; None also where the update is zero."""
+        return self._finalized(self._models.elect, (thresholds.tolist(), majority), scales, out_dtype)
+
+    def votes(self, thresholds: Tensor) -> int | None:
+        """`votes`."""
+        total: int | None = self._models.votes(thresholds.tolist())
+        return total
+
+    def count_digits(self, higher: Sequence[Sequence[int]]) -> Tensor | None:
+        """`count_digits` of each task behind its digits: [T, 2^16]."""
+        counts = torch.zeros(self._tasks, DIGITS, dtype=torch.int64)
+        highs = [digits[0] if digits else None for digits in higher]
+        return counts if self._models.count_digits(highs, counts.data_ptr()) else None
+
+    def _finalized(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], scales: Sequence[float], dtype: torch.dtype
+    ) -> Finalized | None:
+        values = tuple(torch.empty(self._count, dtype=dtype) for _ in scales)
+        squares = function(*arguments, scales, [merged.data_ptr() for merged in values], _DTYPES[dtype])
+        return None if squares is None else Finalized(values, *squares)
+
+
+def reads(dtypes: Iterable[torch.dtype]) -> bool:
+    """Whether `FileModels` reads and writes them here."""
+    return availability() is None and set(dtypes) <= _DTYPES.keys()
 
 
 def frobenius(A: Tensor) -> float:
@@ -114,19 +143,41 @@ def frobenius(A: Tensor) -> float:
     return math.sqrt(sum(_each([partial(extension.sum_squares, p.data_ptr(), p.numel()) for p in pieces])))
 
 
+def count_digits(values: Tensor, higher: Sequence[int]) -> Tensor:
+    """High digits by two tables in turn, low ones of the few values that have the high one. One thread."""
+    if values.dtype != torch.float32 or not values.is_contiguous():
+        return eager.count_digits(values, higher)
+    counts = torch.zeros(DIGITS, dtype=torch.int64)
+    _extension().count_digits(values.data_ptr(), values.numel(), *(higher or (None,)), counts.data_ptr())
+    return counts
+
+
 def kth_largest(values: Tensor, k: int) -> Tensor:
-    """The digits of a magnitude, read as a whole number: 15 bits counted in one pass, 16 in another. One thread."""
+    """By `count_digits` of both digits. One thread."""
     if values.dtype != torch.float32 or not values.is_contiguous():
         return eager.kth_largest(values, k)
-    return torch.tensor(_extension().kth_largest(values.data_ptr(), values.numel(), k))
+    selection = Selection(k, values.dtype)
+    while not selection.found:
+        selection.narrow(count_digits(values, selection.higher))
+    return selection.value()
 
 
-def elect(deltas: Tensor, thresholds: Tensor) -> Tensor:
-    """Thousands of columns at a time, each with the majority so far; those it changes once more. One thread."""
+def votes(deltas: Tensor, thresholds: Tensor) -> Tensor:
+    """A thousand columns at a time. One thread."""
     if deltas.dtype != torch.float32 or not deltas[0].is_contiguous():
-        return eager.elect(deltas, thresholds)
+        return eager.votes(deltas, thresholds)
+    total = _extension().votes(deltas.data_ptr(), deltas.stride(0), thresholds.tolist(), deltas.shape[1])
+    return torch.tensor(total)
+
+
+def elect(deltas: Tensor, thresholds: Tensor, majority: int) -> Tensor:
+    """A thousand columns at a time. One thread."""
+    if deltas.dtype != torch.float32 or not deltas[0].is_contiguous():
+        return eager.elect(deltas, thresholds, majority)
     merged = on_huge_pages(torch.empty_like(deltas[0]))
-    _extension().elect(deltas.data_ptr(), deltas.stride(0), thresholds.tolist(), merged.numel(), merged.data_ptr())
+    _extension().elect(
+        *(deltas.data_ptr(), deltas.stride(0), thresholds.tolist(), majority, merged.numel(), merged.data_ptr())
+    )
     return merged
 
 

@@ -87,13 +87,35 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
     return values.abs().sort(descending=True).values[k - 1]
 
 
-def elect(deltas: Tensor, thresholds: Tensor) -> Tensor:
+def count_digits(values: Tensor, higher: Sequence[int]) -> Tensor:
+    """[2^16]: how many |values| [n] have each 16-bit digit behind the digits `higher`, the highest first."""
+    bits = values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]).tolist()
+    width = 8 * values.element_size()
+    counts = [0] * 2**16
+    for number in bits:
+        magnitude = number % 2 ** (width - 1)  # without the sign
+        digits = [magnitude >> shift & 0xFFFF for shift in range(width - 16, -1, -16)]
+        if digits[: len(higher)] == list(higher):
+            counts[digits[len(higher)]] += 1
+    return torch.tensor(counts, device=values.device)
+
+
+def votes(deltas: Tensor, thresholds: Tensor) -> Tensor:
+    """The sum of the signs of the sums of the kept entries of each column [n] of deltas [T, n]."""
+    return _kept(deltas, thresholds).sum(0).sign().sum().to(torch.int64)
+
+
+def elect(deltas: Tensor, thresholds: Tensor, majority: int) -> Tensor:
     """[T, n] -> [n]: the mean of the kept entries of a column that have the sign of their sum, or of the majority."""
-    kept = torch.where(deltas.abs() >= thresholds[:, None], deltas.double(), 0.0)
+    kept = _kept(deltas, thresholds)
     signs = kept.sum(0).sign()
-    signs = torch.where(signs == 0, signs.sum().sign(), signs)
+    signs = torch.where(signs == 0, float(majority), signs)
     agreeing = torch.where(kept * signs > 0, kept, 0.0)
     return agreeing.sum(0) / (agreeing != 0).sum(0).clamp_min(1)
+
+
+def _kept(deltas: Tensor, thresholds: Tensor) -> Tensor:
+    return torch.where(deltas.abs() >= thresholds[:, None], deltas.double(), 0.0)
 
 
 def drop(values: Tensor, density: float, *, seed: int, first: int) -> Tensor:

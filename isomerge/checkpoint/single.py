@@ -17,8 +17,12 @@ from isomerge.checkpoint.staging import sync
 from isomerge.errors import InputError
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, durable: bool = True
+) -> int:
     """Writes a file under a hidden name beside `path`, fsyncs it and renames it; the number of bytes written.
+
+    What is not to last need not be `durable`: it is not fsynced.
 
     A file at `path` is replaced, and stays as it was when anything fails. Equal input gives equal bytes. InputError if
     the folder cannot be written to or the disk is too full, OSError if the disk fails, ValueError for tensors that no
@@ -50,11 +54,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
                 with ledger.writing(entry.name, tensors[entry.name], 0) as values:
                     write_from(fd, len(header) + entry.begin, values)
             ledger.close()
-            os.fsync(fd)
+            if durable:
+                os.fsync(fd)
         finally:
             os.close(fd)
         os.rename(part, path)
-        sync(path.parent)
+        if durable:
+            sync(path.parent)
     except BaseException:
         part.unlink(missing_ok=True)
         raise

@@ -51,8 +51,9 @@ def estimate(job: Job, folder: Path, start: float = 0.0) -> Estimate:
     """How long the merge of an open job takes: a few seconds of measuring on the job's device and disks.
 
     In `folder`, where the output will be made, an unnamed file is written and gone again; in the system's temporary
-    folder where that is not allowed. `start` is what a merge takes before it reads, in seconds. Raises InputError where
-    the models cannot be read, OSError where no file can be written.
+    folder where that is not allowed. Pieces of the models, 256 MiB or so, are for a moment in the latter. `start` is
+    what a merge takes before it reads, in seconds. Raises InputError where the models cannot be read, OSError where no
+    file can be written.
     """
     files = {info.file: None for model in (job.base, *job.experts) for info in model.tensors.values()}
     writable = os.access(folder, os.W_OK | os.X_OK)

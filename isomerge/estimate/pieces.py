@@ -6,11 +6,12 @@ Reshaped rows of a matrix of low rank have low rank as well, so that methods tak
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from isomerge.checkpoint import Checkpoint, from_state_dict
+from isomerge.checkpoint import Checkpoint, from_state_dict, open_checkpoint, write_safetensors
 from isomerge.deltas import Unit
 from isomerge.estimate.work import Work
 from isomerge.moments import Moments
@@ -19,21 +20,25 @@ from isomerge.schedule import Step
 
 GROUPS = 3  # of elementwise work, so that reading, computing and writing overlap as they will
 MOST_ELEMENTS, MOST_UNITS = 2**23, 16  # of a group whose units are not matrices side by side; one unit at least
+MOST_STORED = 2**27  # elements in the files of all models: 256 MiB of bfloat16
 WEIGHT, CHANGE = 0.02, 1e-3  # standard deviations of noise that stands in for models
 
 
-def small_job(job: Job, work: Work, share: float) -> Job:
-    """A job in memory, of units of `work` with sides smaller by `share` and values of the job's models.
+def small_job(job: Job, work: Work, share: float, folder: Path) -> Job:
+    """A job of units of `work` with sides smaller by `share` and values of the job's models.
 
-    One group of matrices, a few groups of anything else. InputError where the models cannot be read.
+    One group of matrices, or values that are copied, in memory; a few groups of anything else, in files in `folder`,
+    from which it is read in ways of its own. InputError where the models cannot be read, OSError where files cannot be
+    written.
     """
     m, n = work.sides(share)
     names = [f"unit {index}" for index in range(_units(job, work, m * n))]
     shape = (n, m) if work.transposed else (m, n)
-    models = [
-        from_state_dict(_shifted(values, names, shape), f"model {index}")
-        for index, values in enumerate(_values(job, work, m * n))
-    ]
+    in_memory = work.cubic or work.step is None
+    models = []
+    for index, values in enumerate(_values(job, work, m * n)):
+        tensors = _shifted(values, names, shape)
+        models.append(from_state_dict(tensors, f"model {index}") if in_memory else _stored(tensors, folder, index))
     piece = replace(work.assignment, shape=shape, aliases=(), layer_type=None)
     pieces = tuple(replace(piece, name=name) for name in names)
     steps: tuple[Step, ...] = ()
@@ -52,18 +57,29 @@ def _units(job: Job, work: Work, elements: int) -> int:
     if work.cubic and job.place.device.type == "cpu":
         return min(work.length, torch.get_num_threads())
     length = min(work.length, MOST_UNITS, max(1, MOST_ELEMENTS // elements))
-    return length if work.cubic or work.step is None else GROUPS * length
+    if work.cubic or work.step is None:
+        return length
+    return GROUPS * min(length, max(1, MOST_STORED // (GROUPS * (1 + len(job.experts)) * elements)))
 
 
 def _small_step(step: Step, names: list[str], m: int, n: int) -> Step:
-    """The step on whole tensors that are m x n. Its alphas are 1: what overflows is for the merge to tell."""
+    """The step on tensors that are m x n, surveyed where its own are. Its alphas are 1: what overflows is for the merge
+    to tell.
+    """
     group = step.group
     of_outputs = group.moment_size == group.m != group.n
     d = 0 if not group.moment_size else m if of_outputs else n
-    units = tuple(Unit(name, (name,) * len(group.units[0].sources), 0, m * n, True) for name in names)
+    first = group.units[0]
+    units = tuple(Unit(name, (name,) * len(first.sources), 0, m * n, first.whole) for name in names)
     call = replace(step.call, alphas=(1.0,) * len(step.call.alphas))
     group = replace(group, m=m, n=n, units=units, moment_size=d, tokens=0)
     return replace(step, group=group, call=call)
+
+
+def _stored(tensors: dict[str, Tensor], folder: Path, index: int) -> Checkpoint:
+    path = folder / f"model {index}.safetensors"
+    write_safetensors(path, tensors, {}, durable=False)
+    return open_checkpoint(path)
 
 
 def _shifted(values: Tensor, names: list[str], shape: tuple[int, int]) -> dict[str, Tensor]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from torch import Tensor
@@ -38,15 +41,16 @@ def sample(job: Job, work: Work, share: float, scratch: IO[bytes]) -> Sample:
     be read, OSError where the file cannot be written.
     """
     started = time.perf_counter()
-    small = small_job(job, work, share)
-    report = new_report(small.plan, small.base, small.experts, "")
-    try:
-        with Spool() as spool:
-            before = time.perf_counter()
-            run(small, _Sink(scratch), spool, report, False, None)
-            seconds = time.perf_counter() - before
-    finally:
-        scratch.truncate(0)
+    with ExitStack() as stack:
+        stack.callback(scratch.truncate, 0)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="isomerge-"))
+        small = small_job(job, work, share, Path(folder))
+        for model in (small.base, *small.experts):
+            stack.callback(model.close)
+        report, spool = new_report(small.plan, small.base, small.experts, ""), stack.enter_context(Spool())
+        before = time.perf_counter()
+        run(small, _Sink(scratch), spool, report, False, None)
+        seconds = time.perf_counter() - before
     count, totals = len(small.plan.assignments), report.totals
     # A GPU is still at work when a method returns; of a single group, computing is what is left.
     compute = seconds - totals.read_seconds if work.cubic else totals.compute_seconds

@@ -54,7 +54,8 @@ def gather(job: Job) -> list[Work]:
         dtypes = a.dtype, *(e.tensors[s].dtype for e, s in zip(job.experts, first.sources, strict=True))
         parameters = tuple(step.call.parameters.items())
         shape = group.m, group.n, group.transposed, group.dtype, group.moment_size
-        key = (*shape, dtypes, a.out_dtype, step.kind, step.call.method, parameters)
+        surveyed = METHODS[step.call.method].survey is not None and not first.whole
+        key = (*shape, surveyed, dtypes, a.out_dtype, step.kind, step.call.method, parameters)
         known = found.get(key) or Work(a, step, group.m, group.n, 0, 0)
         count = len(group.units)
         found[key] = replace(known, units=known.units + count, length=max(known.length, count))

@@ -15,7 +15,8 @@ from isomerge.methods import costs
 from isomerge.methods.esm import PRESETS, esm, layer_factors
 from isomerge.methods.iso import iso_c, iso_cts
 from isomerge.methods.linear import average, task_arithmetic
-from isomerge.methods.ties import dare_linear, dare_ties, ties
+from isomerge.methods.survey import Survey
+from isomerge.methods.ties import dare_linear, dare_ties, dare_ties_survey, ties, ties_survey
 from isomerge.methods.tsv import tsvm
 
 __all__ = [
@@ -58,8 +59,7 @@ class Method:
     paper: str
     parameters: tuple[Parameter, ...]
     elementwise: bool  # applies to tensors of any shape; otherwise to matrices alone
-    chunkable: bool  # an element of the update depends on that element's deltas alone, and if seeded on its place
-    seeded: bool  # takes `seed`, and if chunkable `first`, the number of elements of the tensor before the deltas'
+    seeded: bool  # takes `seed`, and `first`, the number of elements of the tensor before the deltas'
     flops: Callable[[int, int, int], float]  # (m, n, T) -> floating-point operations per matrix
     peak_floats: Callable[[int, int, int], float]  # (m, n, T) -> float32 working memory per matrix, beside the deltas
     task_floats: Callable[[int, int], float] = lambda m, n: 0.0  # (m, n) -> of each further task at the same time
@@ -68,8 +68,15 @@ class Method:
     # with their updates; None: `peak_floats` and 2 m n of each
     reduction: str = "none"  # "sum", "mean": for this reduction of the deltas over T gives the same as for them, and
     # where it is elementwise, the reduction itself
+    survey: Callable[..., Survey] | None = None  # (T, n, dtype, parameters): of a tensor of n elements, whose result a
+    # piece of it takes as `elected`; None: an element of the update depends on that element's deltas alone
     moments: bool = False  # called with (deltas, moments): needs a statistics file of every expert
     presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # name -> parameters; first is default
+
+    @property
+    def apart(self) -> bool:
+        """Whether units of one shape are given arguments of their own, in a call each."""
+        return self.seeded or self.survey is not None
 
 
 DENSITY = "share of the entries that is kept"
@@ -79,41 +86,41 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         for method in (
             Method(
                 "average", average, "Weight averaging", "Wortsman et al. 2022, arXiv 2203.05482", (),
-                True, True, False, costs.elementwise_flops(1), costs.elementwise_floats(1), reduction="mean",
+                True, False, costs.elementwise_flops(1), costs.elementwise_floats(1), reduction="mean",
             ),
             Method(
                 "task_arithmetic", task_arithmetic, "Task arithmetic", "Ilharco et al. 2023, arXiv 2212.04089", (),
-                True, True, False, costs.elementwise_flops(1), costs.elementwise_floats(1), reduction="sum",
+                True, False, costs.elementwise_flops(1), costs.elementwise_floats(1), reduction="sum",
             ),
             Method(
                 "ties", ties, "TIES-Merging", "Yadav et al. 2023, arXiv 2306.01708",
                 (Parameter("density", float, 0.2, 0.0, 1.0, f"{DENSITY}, the largest"),),
-                True, False, False, costs.elementwise_flops(12), costs.elementwise_floats(1.5),
+                True, False, costs.elementwise_flops(12), costs.elementwise_floats(1.5), survey=ties_survey,
             ),
             Method(
                 "dare_linear", dare_linear, "DARE, linear", "Yu et al. 2024, arXiv 2311.03099",
                 (Parameter("density", float, 0.2, 1e-6, 1.0, f"{DENSITY}, at random"),),
-                True, True, True, costs.elementwise_flops(8), costs.elementwise_floats(4),
+                True, True, costs.elementwise_flops(8), costs.elementwise_floats(4),
             ),
             Method(
                 "dare_ties", dare_ties, "DARE, TIES", "Yu et al. 2024, arXiv 2311.03099",
                 (Parameter("density", float, 0.2, 1e-6, 1.0, f"{DENSITY}, at random"),),
-                True, False, True, costs.elementwise_flops(12), costs.dare_ties_floats,
+                True, True, costs.elementwise_flops(12), costs.dare_ties_floats, survey=dare_ties_survey,
             ),
             Method(
                 "tsvm", tsvm, "TSV-Merge", "Gargiulo et al. 2025, arXiv 2412.00081", (),
-                False, False, False, costs.tsvm_flops, costs.spectral_floats, costs.spectral_task_floats,
+                False, False, costs.tsvm_flops, costs.spectral_floats, costs.spectral_task_floats,
                 gpu_floats=costs.tsvm_gpu_floats,
             ),
             Method(
                 "iso_c", iso_c, "Iso-C", "Marczak et al. 2025, arXiv 2502.04959", (),
-                False, False, False, costs.iso_c_flops, costs.iso_c_floats, alone_floats=costs.svd_floats,
+                False, False, costs.iso_c_flops, costs.iso_c_floats, alone_floats=costs.svd_floats,
                 gpu_floats=costs.iso_c_gpu_floats, reduction="sum",
             ),
             Method(
                 "iso_cts", iso_cts, "Iso-CTS", "Marczak et al. 2025, arXiv 2502.04959",
                 (Parameter("common_space_fraction", float, 0.8, 0.0, 1.0, "share of the directions that is common"),),
-                False, False, False, costs.iso_cts_flops, costs.spectral_floats, costs.spectral_task_floats,
+                False, False, costs.iso_cts_flops, costs.spectral_floats, costs.spectral_task_floats,
                 gpu_floats=costs.iso_cts_gpu_floats,
             ),
             Method(
@@ -125,7 +132,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                     Parameter("dimension_exponent", float, 2.0, 0.0, 8.0, "polarization between columns; 0 is none"),
                     Parameter("layer_exponent", float, 2.0, 0.0, 8.0, "polarization between like layers; 0 is none"),
                 ),
-                False, False, False, costs.esm_flops, costs.esm_floats, costs.esm_task_floats,
+                False, False, costs.esm_flops, costs.esm_floats, costs.esm_task_floats,
                 gpu_floats=costs.esm_gpu_floats, moments=True, presets=PRESETS,
             ),
         )

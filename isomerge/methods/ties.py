@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from isomerge import ops
+from isomerge.methods.survey import Election, Survey, election
 
 BLOCK = 2**17
 """Elements that are dropped at a time on a CPU: they and what is left of them then stay in its cache."""
@@ -17,27 +18,26 @@ TASK = 2**48
 """Numbers that are kept for each task to draw."""
 
 
-def ties(deltas: Tensor, *, density: float = 0.2) -> Tensor:
+def ties(deltas: Tensor, *, density: float = 0.2, elected: Election | None = None) -> Tensor:
     """Mean over the tasks that agree with the elected sign, of the deltas trimmed to their largest entries.
 
     Trim: of each Δ_t [m, n] keep the int(density m n) entries of largest magnitude (entries equal to the smallest kept
     one stay too). Elect: the sign of Σ_t of the trimmed deltas, element by element; where that sum is zero, the
     majority sign of the matrix. Merge: the mean of the non-zero trimmed entries of that sign.
     The paper trims over all parameters of a model at once; trimming tensor by tensor, as mergekit does, needs no pass
-    over the whole model first.
+    over the whole model first. Deltas that are a piece of a tensor take what the `ties_survey` of it has `elected`.
 
     deltas [..., T, m, n], density in [0, 1]. Source: Yadav et al. 2023, "TIES-Merging", algorithm 1.
     """
     *batch, T, m, n = deltas.shape
     kept = int(density * m * n)
+    units = deltas.reshape(math.prod(batch), T, m * n)
+    return _stacked([_merged(unit, elected or election(unit, kept)) for unit in units], deltas)
 
-    def one(deltas: Tensor) -> Tensor:
-        if kept == 0:
-            return torch.zeros_like(deltas[0])
-        return ops.elect(deltas, torch.stack([ops.kth_largest(delta, kept) for delta in deltas]))
 
-    merged = [one(unit) for unit in deltas.reshape(math.prod(batch), T, m * n)]
-    return _stacked(merged, deltas)
+def ties_survey(T: int, n: int, dtype: torch.dtype, *, density: float = 0.2) -> Survey:
+    """Of a tensor of n elements and its deltas of T tasks in `dtype`: what `ties` needs to know of pieces of it."""
+    return Survey(T, n, int(density * n), dtype)
 
 
 def dare_linear(deltas: Tensor, *, density: float = 0.2, seed: int = 0, first: int = 0) -> Tensor:
@@ -52,14 +52,27 @@ def dare_linear(deltas: Tensor, *, density: float = 0.2, seed: int = 0, first: i
     return result
 
 
-def dare_ties(deltas: Tensor, *, density: float = 0.2, seed: int = 0) -> Tensor:
+def dare_ties(
+    deltas: Tensor, *, density: float = 0.2, seed: int = 0, first: int = 0, elected: Election | None = None
+) -> Tensor:
     """The sign election and mean of `ties` on the dropped and rescaled deltas of `dare_linear`, without trimming."""
     *batch, T, m, n = deltas.shape
-    left = deltas.new_empty(T, math.prod(batch) * m * n)
-    for t, part, values in _dropped(deltas, density, seed, 0):
-        left[t, part] = values
+    left = _left(deltas, density, seed, first)
     units = left.view(T, math.prod(batch), m * n).unbind(1)
-    return _stacked([ops.elect(unit, unit.new_zeros(T)) for unit in units], deltas)
+    return _stacked([_merged(unit, elected or election(unit, m * n)) for unit in units], deltas)
+
+
+def dare_ties_survey(T: int, n: int, dtype: torch.dtype, *, density: float = 0.2, seed: int = 0) -> Survey:
+    """What `ties_survey` is to `ties`."""
+    return Survey(T, n, n, dtype, lambda deltas, first: _left(deltas.unsqueeze(-2), density, seed, first))
+
+
+def _left(deltas: Tensor, density: float, seed: int, first: int) -> Tensor:
+    """B_t Δ_t / density [T, N] of all N elements of deltas [..., T, m, n]."""
+    left = deltas.new_empty(deltas.shape[-3], deltas[..., 0, :, :].numel())
+    for t, part, values in _dropped(deltas, density, seed, first):
+        left[t, part] = values
+    return left
 
 
 def _dropped(deltas: Tensor, density: float, seed: int, first: int) -> Iterator[tuple[int, slice, Tensor]]:
@@ -70,6 +83,10 @@ def _dropped(deltas: Tensor, density: float, seed: int, first: int) -> Iterator[
         for begin in range(0, len(values), step):
             part = slice(begin, min(begin + step, len(values)))
             yield t, part, ops.drop(values[part], density, seed=seed, first=t * TASK + first + begin)
+
+
+def _merged(deltas: Tensor, elected: Election) -> Tensor:
+    return ops.elect(deltas, elected.thresholds.to(deltas.device), elected.majority)
 
 
 def _stacked(merged: list[Tensor], deltas: Tensor) -> Tensor:

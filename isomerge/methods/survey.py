@@ -1,0 +1,128 @@
+"""What a tensor decides as a whole about each of its entries, found in passes over pieces of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from isomerge import ops
+
+TABLE_BYTES = 8 * ops.DIGITS
+"""Of the counts that a survey keeps of each task."""
+
+
+class Election(NamedTuple):
+    """What `ops.elect` asks for beside the deltas."""
+
+    thresholds: Tensor  # [T]: entries of smaller magnitude do not count
+    majority: int  # -1, 0, 1: the sign of columns whose sum is zero
+
+
+def threshold(delta: Tensor, kept: int) -> Tensor:
+    """The smallest of the `kept` largest magnitudes of delta [n], a scalar: infinite for none, zero for all."""
+    if kept == 0 or kept >= delta.numel():
+        return delta.new_tensor(torch.inf if kept == 0 else 0.0)
+    return ops.kth_largest(delta, kept)
+
+
+def election(deltas: Tensor, kept: int) -> Election:
+    """That of deltas [T, n] of which each task's `kept` largest count."""
+    thresholds = torch.stack([threshold(delta, kept) for delta in deltas])
+    return Election(thresholds, _sign(int(ops.votes(deltas, thresholds))))
+
+
+class Source(Protocol):
+    """Pieces of deltas that need not be in memory: `ops.count_digits` of each task [T, 2^16], and `ops.votes`, or None
+    where it cannot tell.
+    """
+
+    def count_digits(self, higher: Sequence[Sequence[int]]) -> Tensor | None: ...
+
+    def votes(self, thresholds: Tensor) -> int | None: ...
+
+
+class Survey:
+    """The `election` of deltas [T, n] that are seen in pieces, as often as needed:
+
+        while not survey.finished:
+            for first, piece in pieces:
+                survey.see(piece, first)
+            survey.turn()
+        survey.elected
+
+    Pieces may come in any order and from any threads, and be of other sizes in every pass. There is a pass for each 16
+    bits of the dtype, none where all or no entries are kept, and one for the majority.
+    """
+
+    def __init__(
+        self, T: int, n: int, kept: int, dtype: torch.dtype, seen_as: Callable[[Tensor, int], Tensor] | None = None
+    ) -> None:
+        """`seen_as(deltas, first)` are the deltas that count, where they are not those that are seen."""
+        self._seen_as = seen_as
+        self._searches = [ops.Selection(kept, dtype) for _ in range(T)] if 0 < kept < n else []
+        self._counts: list[Tensor | None] = [None] * T
+        self._thresholds = torch.full((T,), torch.inf if kept == 0 else 0.0, dtype=dtype)
+        self._votes = 0
+        self._lock = threading.Lock()
+        self.finished = kept == 0
+
+    def see(self, deltas: Tensor, first: int) -> None:
+        """Deltas [T, ..] of the entries from `first` on."""
+        deltas = deltas.flatten(1)
+        if self._seen_as is not None:
+            deltas = self._seen_as(deltas, first)
+        if not self._searches:
+            self._add_votes(int(ops.votes(deltas, self._thresholds.to(deltas.device))))
+            return
+        for t, (delta, search) in enumerate(zip(deltas, self._searches, strict=True)):
+            self._add_counts(t, ops.count_digits(delta, search.higher))
+
+    def answer(self, source: Source) -> bool:
+        """Asks for what `see` would compute. Whether there was an answer."""
+        if self._seen_as is not None:
+            return False
+        if not self._searches:
+            votes = source.votes(self._thresholds)
+            if votes is not None:
+                self._add_votes(votes)
+            return votes is not None
+        counts = source.count_digits([search.higher for search in self._searches])
+        for t, count in enumerate(() if counts is None else counts):
+            self._add_counts(t, count)
+        return counts is not None
+
+    def turn(self) -> None:
+        """All entries have been seen once more."""
+        if not self._searches:
+            self.finished = True
+            return
+        for t, search in enumerate(self._searches):
+            counts = self._counts[t]
+            assert counts is not None
+            search.narrow(counts)
+            self._counts[t] = None
+        if self._searches[0].found:
+            self._thresholds = torch.stack([search.value() for search in self._searches])
+            self._searches = []
+
+    def _add_votes(self, votes: int) -> None:
+        with self._lock:
+            self._votes += votes
+
+    def _add_counts(self, t: int, counts: Tensor) -> None:
+        with self._lock:
+            known = self._counts[t]
+            self._counts[t] = counts if known is None else known.add_(counts)
+
+    @property
+    def elected(self) -> Election:
+        """Once it is finished."""
+        return Election(self._thresholds, _sign(self._votes))
+
+
+def _sign(value: int) -> int:
+    return (value > 0) - (value < 0)
