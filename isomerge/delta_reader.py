@@ -130,7 +130,7 @@ class DeltaReader:
         def one(unit: Unit) -> tuple[Result, Read]:
             found, memory = Read(), list[Tensor]()
             load, took = partial(self._load, group, unit, found, memory), partial(self._count, found, unit)
-            direct = Direct(self._sources(unit), self._weights, unit, group)
+            direct = Direct(tuple(self._sources(unit)), self._weights, unit, group)
             result = function(Passage(unit, load, direct, took))
             self._free += memory
             return result, found

@@ -353,14 +353,12 @@ class _Run:
 
     def _direct(self, step: Step, passage: Passage) -> Merged | None:
         """A unit merged on its way from the files, if it can be; in any thread."""
-        assignment, alphas, started = self._assignments[passage.unit.name], step.call.alphas, time.perf_counter()
-        elected = self._surveys.elected(passage.unit)
-        if _reduced(step):
-            found = passage.direct.blend(alphas, assignment.out_dtype)
-        elif elected is not None and not METHODS[step.call.method].seeded:
-            found = passage.direct.elect(*elected, alphas, assignment.out_dtype)
-        else:
+        method, started = METHODS[step.call.method], time.perf_counter()
+        if method.merged_from is None:
             return None
+        assignment = self._assignments[passage.unit.name]
+        source = passage.direct.to(step.call.alphas, assignment.out_dtype)
+        found = method.merged_from(source, **step.call.arguments, **self._surveys.arguments(step, passage.unit))
         if found is None:
             return None
         passage.took(found.sum_square)

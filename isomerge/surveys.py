@@ -38,12 +38,9 @@ class Surveys:
         arguments = self._drawn(step, unit)
         if METHODS[step.call.method].seeded:
             arguments["first"] = unit.start
-        elected = self.elected(unit)
-        return arguments if elected is None else {**arguments, "elected": elected}
-
-    def elected(self, unit: Unit) -> Election | None:
-        """Of the tensor that the unit is a piece of, if that had to be surveyed and was."""
-        return self._elected.get(unit.name)
+        if unit.name in self._elected:
+            arguments["elected"] = self._elected[unit.name]
+        return arguments
 
     def prepare(self, step: Step) -> None:
         """Makes the elections that the units of a step need, in the thread that is to read them."""
@@ -99,7 +96,7 @@ class Surveys:
 
 def _show(passage: Passage, survey: Survey) -> None:
     """On the CPU, from the files if that can be."""
-    if not survey.answer(passage.direct):
+    if not survey.ask(passage.direct, passage.unit.start):
         survey.see(passage.load()[1], passage.unit.start)
 
 

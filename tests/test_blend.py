@@ -59,7 +59,7 @@ def direct(
     models: Sequence[Checkpoint], count: int, group: Group, *, start: int = FIRST, weights: Sequence[float] = WEIGHTS
 ) -> Direct:
     unit = Unit("x", ("x",) * (len(models) - 1), start, count, False)
-    return Direct([(model, "x") for model in models], weights[: len(models) - 1], unit, group)
+    return Direct(tuple((model, "x") for model in models), weights[: len(models) - 1], unit, group)
 
 
 def blended(
@@ -72,7 +72,8 @@ def blended(
     dtype: torch.dtype = torch.bfloat16,
     group: Group | None = None,
 ) -> Finalized | None:
-    return direct(models, count, group or group_of(count), start=start, weights=weights).blend(scales, dtype)
+    group = group or group_of(count)
+    return direct(models, count, group, start=start, weights=weights).to(scales, dtype).blend(group.reduction)
 
 
 def ordinary(
@@ -142,11 +143,39 @@ def test_elections_are_those_of_reading_everything_first(
         for majority in (-1, 1):
             update = ops.elect(out, limits, majority, backend="eager")
             merged = [ops.finalize(base_out[None], update[None], s, out_dtype=dtype, backend="eager") for s in scales]
-            found = files.elect(limits, majority, scales, dtype)
+            found = files.to(scales, dtype).elect(limits, majority)
             assert found is not None
             assert all(torch.equal(mine, theirs[0]) for mine, theirs in zip(found.values, merged, strict=True))
             assert found.sum_square == pytest.approx(square, rel=1e-5)
             assert found.update_square == pytest.approx(float(update.double().square().sum()), rel=1e-12)
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_what_is_left_is_that_of_reading_everything_first(
+    opened: Callable[[Sequence[Tensor]], list[Checkpoint]], density: float
+) -> None:
+    dtypes, apart, first, seed = [torch.bfloat16] * 4, 2**48, 12345, 2**63 + 7
+    count = 3 * BLOCK // 24 + 1
+    models = values_of(count, dtypes)
+    files = direct(opened(models), count, group_of(count, "none")).to([0.7], torch.bfloat16)
+    left = files.dropped(density, seed, first, apart)
+    base, *tuned = (model[FIRST : FIRST + count] for model in models)
+    base_out, out = torch.empty(count), torch.empty(3, count)
+    square = ops.subtract(base, tuned, WEIGHTS, base_out=base_out, out=out, backend="eager")
+    kept = [ops.drop(d, density, seed=seed, first=first + t * apart, backend="eager") for t, d in enumerate(out)]
+    total, limits = torch.zeros(count), torch.zeros(3)
+    for values in kept:
+        total += values
+    assert left.votes(limits) == ops.votes(torch.stack(kept), limits, backend="eager")
+    for update, found in (
+        (total, left.blend("sum")),
+        (ops.elect(torch.stack(kept), limits, 1, backend="eager"), left.elect(limits, 1)),
+    ):
+        assert found is not None
+        merged = ops.finalize(base_out[None], update[None], 0.7, out_dtype=torch.bfloat16, backend="eager")
+        assert torch.equal(found.values[0], merged[0])
+        assert found.sum_square == pytest.approx(square, rel=1e-5)
+        assert found.update_square == pytest.approx(float(update.double().square().sum()), rel=1e-12)
 
 
 def test_forty_models_and_a_single_one(opened: Callable[[Sequence[Tensor]], list[Checkpoint]]) -> None:
@@ -206,10 +235,10 @@ def test_an_election_without_an_update_or_with_what_is_not_finite(
         files = direct(opened(models), count, group)
         assert files.count_digits([(), ()]) is None
         assert files.votes(limits) is None
-        assert files.elect(limits, 1, [1.0], torch.bfloat16) is None
-    files = direct(opened(usual), count, group)
-    assert files.elect(limits, 1, [1.0], torch.bfloat16) is not None
-    assert files.elect(torch.full((2,), math.inf), 1, [1.0], torch.bfloat16) is None
+        assert files.to([1.0], torch.bfloat16).elect(limits, 1) is None
+    files = direct(opened(usual), count, group).to([1.0], torch.bfloat16)
+    assert files.elect(limits, 1) is not None
+    assert files.elect(torch.full((2,), math.inf), 1) is None
     assert files.votes(torch.full((2,), math.inf)) == 0
 
 
@@ -228,7 +257,7 @@ def test_what_is_others_business(
 ) -> None:
     models = values_of(50, [torch.bfloat16] * 3)
     files = opened(models)
-    for group in (group_of(50, "none"), group_of(50, transposed=True), group_of(50, dtype=torch.float64)):
+    for group in (group_of(50, transposed=True), group_of(50, dtype=torch.float64)):
         assert blended(files, 50, group=group) is None
     assert blended(files, 50, dtype=torch.float64) is None
     memory = from_state_dict({"x": models[1]}, "memory")
@@ -297,6 +326,8 @@ RECIPES = {
     "average": "merge_method: average\n",
     "alphas": "merge_method: task_arithmetic\nparameters: {alpha: [0.3, 1.0]}\nout_dtype: float16\n",
     "ties": "merge_method: ties\n",
+    "dare_linear": "merge_method: dare_linear\n",
+    "dare_ties": "merge_method: dare_ties\n",
 }
 
 
@@ -326,11 +357,11 @@ def test_a_merge_gives_the_same_bytes_and_report_without_it(
         done.append(real(*arguments, **options))
         return done[-1]
 
-    function = "elect" if name == "ties" else "blend"
+    function = "elect" if name.endswith("ties") else "blend"
     real = getattr(module.FileModels, function)
     monkeypatch.setattr(module.FileModels, function, counted)
     mine = merge(recipe, tmp_path / "mine", allow_nonfinite=True)
-    if name == "ties":  # of what is merged in pieces
+    if name.endswith("ties"):  # of what is merged in pieces
         assert [found is not None for found in done] == [True] * 3
     else:  # usual and norm; not what has no update, what is spoilt, nor float64
         assert [found is not None for found in done].count(True) == 4

@@ -20,6 +20,7 @@ namespace {
 
 using Given = std::pair<std::uintptr_t, int>;             // address, dtype
 using GivenStretch = std::tuple<int, std::int64_t, int>;  // file, offset, dtype
+using GivenDrop = std::tuple<double, std::uint64_t, std::int64_t, std::int64_t>;
 
 template <class Pointer>
 Pointer at(std::uintptr_t address) {
@@ -108,12 +109,13 @@ PYBIND11_MODULE(_cpu, module) {
 
   py::class_<Models>(module, "Models")
       .def(py::init([](const GivenStretch& base, const std::vector<GivenStretch>& tuned,
-                       const std::vector<float>& weights, std::int64_t count) {
-             Models models{stretch(base), {}, weights, count};
+                       const std::vector<float>& weights, std::int64_t count, const std::optional<GivenDrop>& drop) {
+             Models models{stretch(base), {}, weights, count, std::nullopt};
              for (const GivenStretch& task : tuned) models.tuned.push_back(stretch(task));
+             if (drop) models.drop = std::apply([](auto... values) { return Drop{values...}; }, *drop);
              return models;
            }),
-           py::arg("base"), py::arg("tuned"), py::arg("weights"), py::arg("count"))
+           py::arg("base"), py::arg("tuned"), py::arg("weights"), py::arg("count"), py::arg("drop"))
       .def("blend",
            [](const Models& models, int reduction, const std::vector<float>& scales,
               const std::vector<std::uintptr_t>& outs, int dtype) {

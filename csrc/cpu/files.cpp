@@ -7,6 +7,8 @@
 #include <cmath>
 #include <memory>
 
+#include "clones.h"
+#include "draws.h"
 #include "election.h"
 
 namespace {
@@ -34,15 +36,29 @@ void* behind(void* values, std::int64_t elements, Dtype dtype) {
   return static_cast<char*>(values) + elements * size_of(dtype);
 }
 
+// rows[t stride + i] for all tasks t, added in their order, to rows[i].
+ISOMERGE_CLONES
+void add(float* rows, std::int64_t tasks, std::int64_t stride, std::int64_t count) {
+  float* __restrict sum = rows;
+  for (std::int64_t i = 0; i < count; ++i) sum[i] += 0.0f;  // a zero without sign, as every sum that starts from one
+  for (std::int64_t t = 1; t < tasks; ++t) {
+    const float* __restrict row = rows + t * stride;
+    for (std::int64_t i = 0; i < count; ++i) sum[i] += row[i];
+  }
+}
+
 // The models' elements and their deltas, a block after the other.
 class Blocks {
  public:
   Blocks(const Models& models, Reduction reduction)
-      : models_(models), files_{models.base}, reduction_(reduction), rows_(rows_of(models, reduction)) {
+      : models_(models),
+        files_{models.base},
+        reduction_(models.drop ? Reduction::none : reduction),
+        rows_(reduction_ == Reduction::none ? static_cast<std::int64_t>(models.tuned.size()) : 1) {
     files_.insert(files_.end(), models.tuned.begin(), models.tuned.end());
     std::int64_t together = 0;  // bytes of an element
     for (const Stretch& file : files_) together += size_of(file.dtype);
-    if (reduction == Reduction::none) together += (1 + rows_) * static_cast<std::int64_t>(sizeof(float));
+    if (reduction_ == Reduction::none) together += (1 + rows_) * static_cast<std::int64_t>(sizeof(float));
     stride = std::min(models.count, std::max(CACHED / together, LEAST));
     raw_.reset(new float[files_.size() * stride]);
     origin.reset(new float[stride]);
@@ -62,10 +78,21 @@ class Blocks {
       failed = failed || !read(files_[i].file, files_[i].offset + first * size, elements * size, to);
     }
     if (failed) return false;
-    square = subtract(values_[0], tasks_, models_.weights, elements, reduction_, origin.get(), deltas.get(), stride);
-    sum += square;
-    failed = !std::isfinite(square);
+    square_ = subtract(values_[0], tasks_, models_.weights, elements, reduction_, origin.get(), deltas.get(), stride);
+    sum += square_;
+    failed = !std::isfinite(square_);
+    for (std::int64_t t = 0; models_.drop && t < rows_; ++t) {
+      const Drop& dropped = *models_.drop;
+      float* const row = deltas.get() + t * stride;
+      drop(row, elements, dropped.density, dropped.seed, dropped.first + t * dropped.apart + first, row);
+    }
     return !failed;
+  }
+
+  // The squared norm of the block's update, where that is the reduction: all of it in the first row.
+  double reduce() {
+    if (models_.drop) add(deltas.get(), rows_, stride, elements);
+    return reduction_ == Reduction::sum ? square_ : sum_squares(deltas.get(), elements);
   }
 
   void finish(const float* update, const Outputs& outputs) const {
@@ -77,20 +104,17 @@ class Blocks {
 
   std::int64_t first = 0, elements = 0, stride;
   std::unique_ptr<float[]> origin, deltas;  // [stride], [tasks or 1][stride]
-  double square = 0, sum = 0;               // of the block's summed deltas the squared norm, and of all so far
+  double sum = 0;                           // of the squared sums of the deltas, so far
   bool failed = false;
 
  private:
-  static std::int64_t rows_of(const Models& models, Reduction reduction) {
-    return reduction == Reduction::none ? static_cast<std::int64_t>(models.tuned.size()) : 1;
-  }
-
   const Models& models_;
   std::vector<Stretch> files_;
   Reduction reduction_;
   std::int64_t rows_;
   std::unique_ptr<float[]> raw_;
   std::vector<Values> values_, tasks_;
+  double square_ = 0;  // of the block
 };
 
 }  // namespace
@@ -99,8 +123,7 @@ std::optional<Squares> blend(const Models& models, Reduction reduction, const Ou
   Blocks blocks(models, reduction);
   double squares = 0;
   while (blocks.next()) {
-    const double square =
-        reduction == Reduction::sum ? blocks.square : sum_squares(blocks.deltas.get(), blocks.elements);
+    const double square = blocks.reduce();
     if (square == 0) return std::nullopt;
     squares += square;
     blocks.finish(blocks.deltas.get(), outputs);

@@ -15,12 +15,21 @@ struct Stretch {
   Dtype dtype;
 };
 
-// `count` elements of a base and of what was tuned from it, task by task, with the weights of these.
+// What `drop` leaves of a delta; the numbers of element i of task t are drawn from first + t apart + i.
+struct Drop {
+  double density;
+  std::uint64_t seed;
+  std::int64_t first, apart;
+};
+
+// `count` elements of a base and of what was tuned from it, task by task, with the weights of these. Deltas are those of
+// `subtract`, or what is left of them by `drop`.
 struct Models {
   Stretch base;
   std::vector<Stretch> tuned;
   std::vector<float> weights;
   std::int64_t count;
+  std::optional<Drop> drop;
 };
 
 // What is made of an update: outs[a][i] = base[i] + scales[a] update[i], rounded as by `finalize`.
@@ -32,14 +41,15 @@ struct Outputs {
 
 // Sums over all elements, in float64.
 struct Squares {
-  double sum;     // of the squared sum over t of weights[t] (tuned[t] - base)
+  double sum;     // of the squared sum over t of weights[t] (tuned[t] - base), whatever is dropped
   double update;  // of the squared update
 };
 
 // All of these give nothing, and what they have written is of no use, where a block cannot be read or the sum of its
-// deltas is not finite. Deltas are those of `subtract`.
+// deltas is not finite.
 
-// The update is the sum of the deltas over t, or their mean. Nothing also where a block's update is zero.
+// The update is the sum of the deltas over t, or their mean, of which nothing is dropped. Nothing also where a block's
+// update is zero.
 std::optional<Squares> blend(const Models& models, Reduction reduction, const Outputs& outputs);
 
 // The update is that of `elect`. Nothing also where it is zero everywhere.

@@ -37,6 +37,15 @@ class Stretch(NamedTuple):
     dtype: torch.dtype
 
 
+class Drop(NamedTuple):
+    """What `drop` leaves of deltas: the numbers of element i of task t are drawn from `first` + t * `apart` + i."""
+
+    density: float
+    seed: int
+    first: int
+    apart: int
+
+
 class Finalized(NamedTuple):
     """What an update makes of the base."""
 
@@ -93,16 +102,20 @@ def subtract(
 class FileModels:
     """The elements of a base and of what was tuned from it, in open files, read in blocks. Each call is one thread's.
 
-    Deltas are those of `subtract`. Every answer is None where a block is not read or the sum of its deltas not finite.
+    Deltas are those of `subtract`, or what is left of them. Every answer is None where a block is not read or the sum
+    of its deltas is not finite.
     """
 
-    def __init__(self, models: Sequence[Stretch], count: int, *, weights: Sequence[float]) -> None:
+    def __init__(self, models: Sequence[Stretch], count: int, *, weights: Sequence[float], drop: Drop | None) -> None:
         """Of dtypes that `reads`."""
         base, *tuned = ((model.file, model.offset, _DTYPES[model.dtype]) for model in models)
-        self._models, self._tasks, self._count = _extension().Models(base, tuned, weights, count), len(tuned), count
+        self._models = _extension().Models(base, tuned, weights, count, drop)
+        self._tasks, self._count = len(tuned), count
 
     def blend(self, reduction: str, scales: Sequence[float], out_dtype: torch.dtype) -> Finalized | None:
-        """A reduction of the deltas and `finalize` for each scale; None also where a block's update is zero."""
+        """A reduction of the deltas, what is left of them their sum, and `finalize` for each scale; None also where a
+        block's update is zero.
+        """
         return self._finalized(self._models.blend, (_REDUCTIONS[reduction],), scales, out_dtype)
 
     def elect(

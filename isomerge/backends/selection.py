@@ -7,7 +7,7 @@ from torch import Tensor
 
 DIGIT = 16  # bits of a value that are counted in one pass
 DIGITS = 2**DIGIT  # that there are
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of floats with so many bytes
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of floats with so many bytes
 
 
 class Selection:

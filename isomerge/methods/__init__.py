@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
@@ -14,9 +15,18 @@ from isomerge.errors import InputError
 from isomerge.methods import costs
 from isomerge.methods.esm import PRESETS, esm, layer_factors
 from isomerge.methods.iso import iso_c, iso_cts
-from isomerge.methods.linear import average, task_arithmetic
+from isomerge.methods.linear import average, average_from, task_arithmetic, task_arithmetic_from
 from isomerge.methods.survey import Survey
-from isomerge.methods.ties import dare_linear, dare_ties, dare_ties_survey, ties, ties_survey
+from isomerge.methods.ties import (
+    dare_linear,
+    dare_linear_from,
+    dare_ties,
+    dare_ties_from,
+    dare_ties_survey,
+    ties,
+    ties_from,
+    ties_survey,
+)
 from isomerge.methods.tsv import tsvm
 
 __all__ = [
@@ -70,6 +80,8 @@ class Method:
     # where it is elementwise, the reduction itself
     survey: Callable[..., Survey] | None = None  # (T, n, dtype, parameters): of a tensor of n elements, whose result a
     # piece of it takes as `elected`; None: an element of the update depends on that element's deltas alone
+    merged_from: Callable[..., Any] | None = None  # (source, parameters): what the update makes of the base, or None,
+    # for elements that need not be in memory
     moments: bool = False  # called with (deltas, moments): needs a statistics file of every expert
     presets: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # name -> parameters; first is default
 
@@ -87,25 +99,29 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method(
                 "average", average, "Weight averaging", "Wortsman et al. 2022, arXiv 2203.05482", (),
                 True, False, costs.elementwise_flops(1), costs.elementwise_floats(1), reduction="mean",
+                merged_from=average_from,
             ),
             Method(
                 "task_arithmetic", task_arithmetic, "Task arithmetic", "Ilharco et al. 2023, arXiv 2212.04089", (),
                 True, False, costs.elementwise_flops(1), costs.elementwise_floats(1), reduction="sum",
+                merged_from=task_arithmetic_from,
             ),
             Method(
                 "ties", ties, "TIES-Merging", "Yadav et al. 2023, arXiv 2306.01708",
                 (Parameter("density", float, 0.2, 0.0, 1.0, f"{DENSITY}, the largest"),),
                 True, False, costs.elementwise_flops(12), costs.elementwise_floats(1.5), survey=ties_survey,
+                merged_from=ties_from,
             ),
             Method(
                 "dare_linear", dare_linear, "DARE, linear", "Yu et al. 2024, arXiv 2311.03099",
                 (Parameter("density", float, 0.2, 1e-6, 1.0, f"{DENSITY}, at random"),),
-                True, True, costs.elementwise_flops(8), costs.elementwise_floats(4),
+                True, True, costs.elementwise_flops(8), costs.elementwise_floats(4), merged_from=dare_linear_from,
             ),
             Method(
                 "dare_ties", dare_ties, "DARE, TIES", "Yu et al. 2024, arXiv 2311.03099",
                 (Parameter("density", float, 0.2, 1e-6, 1.0, f"{DENSITY}, at random"),),
                 True, True, costs.elementwise_flops(12), costs.dare_ties_floats, survey=dare_ties_survey,
+                merged_from=dare_ties_from,
             ),
             Method(
                 "tsvm", tsvm, "TSV-Merge", "Gargiulo et al. 2025, arXiv 2412.00081", (),

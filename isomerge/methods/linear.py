@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from isomerge.methods.source import Merged, Source
+
 
 def total(deltas: Tensor) -> Tensor:
     """Σ_t Δ_t of deltas [..., T, m, n], a view where T = 1; added in the order given: the bits do not depend on what is
@@ -26,3 +28,13 @@ def average(deltas: Tensor) -> Tensor:
 def task_arithmetic(deltas: Tensor) -> Tensor:
     """Σ_t Δ_t for deltas [..., T, m, n] (Ilharco et al. 2023, "Task Arithmetic"); a sum, no mean."""
     return total(deltas).clone() if deltas.shape[-3] == 1 else total(deltas)
+
+
+def average_from(source: Source[Merged]) -> Merged | None:
+    """What `average` makes of the base."""
+    return source.blend("mean")
+
+
+def task_arithmetic_from(source: Source[Merged]) -> Merged | None:
+    """What `task_arithmetic` makes of the base."""
+    return source.blend("sum")

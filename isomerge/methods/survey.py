@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from isomerge import ops
+from isomerge.methods.source import Source
 
 TABLE_BYTES = 8 * ops.DIGITS
 """Of the counts that a survey keeps of each task."""
@@ -35,16 +36,6 @@ def election(deltas: Tensor, kept: int) -> Election:
     return Election(thresholds, _sign(int(ops.votes(deltas, thresholds))))
 
 
-class Source(Protocol):
-    """Pieces of deltas that need not be in memory: `ops.count_digits` of each task [T, 2^16], and `ops.votes`, or None
-    where it cannot tell.
-    """
-
-    def count_digits(self, higher: Sequence[Sequence[int]]) -> Tensor | None: ...
-
-    def votes(self, thresholds: Tensor) -> int | None: ...
-
-
 class Survey:
     """The `election` of deltas [T, n] that are seen in pieces, as often as needed:
 
@@ -59,10 +50,19 @@ class Survey:
     """
 
     def __init__(
-        self, T: int, n: int, kept: int, dtype: torch.dtype, seen_as: Callable[[Tensor, int], Tensor] | None = None
+        self,
+        T: int,
+        n: int,
+        kept: int,
+        dtype: torch.dtype,
+        *,
+        seen_as: Callable[[Tensor, int], Tensor] = lambda deltas, first: deltas,
+        asked_of: Callable[[Source[object], int], Source[object]] = lambda source, first: source,
     ) -> None:
-        """`seen_as(deltas, first)` are the deltas that count, where they are not those that are seen."""
-        self._seen_as = seen_as
+        """`seen_as(deltas, first)` are the deltas that count, and `asked_of(source, first)` those of a source, where
+        they are not those that are given.
+        """
+        self._seen_as, self._asked_of = seen_as, asked_of
         self._searches = [ops.Selection(kept, dtype) for _ in range(T)] if 0 < kept < n else []
         self._counts: list[Tensor | None] = [None] * T
         self._thresholds = torch.full((T,), torch.inf if kept == 0 else 0.0, dtype=dtype)
@@ -72,19 +72,16 @@ class Survey:
 
     def see(self, deltas: Tensor, first: int) -> None:
         """Deltas [T, ..] of the entries from `first` on."""
-        deltas = deltas.flatten(1)
-        if self._seen_as is not None:
-            deltas = self._seen_as(deltas, first)
+        deltas = self._seen_as(deltas.flatten(1), first)
         if not self._searches:
             self._add_votes(int(ops.votes(deltas, self._thresholds.to(deltas.device))))
             return
         for t, (delta, search) in enumerate(zip(deltas, self._searches, strict=True)):
             self._add_counts(t, ops.count_digits(delta, search.higher))
 
-    def answer(self, source: Source) -> bool:
-        """Asks for what `see` would compute. Whether there was an answer."""
-        if self._seen_as is not None:
-            return False
+    def ask(self, source: Source[object], first: int) -> bool:
+        """`see` for a piece that need not be in memory. Whether it had the answers."""
+        source = self._asked_of(source, first)
         if not self._searches:
             votes = source.votes(self._thresholds)
             if votes is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from isomerge import ops
+from isomerge.methods.source import Merged, Source
 from isomerge.methods.survey import Election, Survey, election
 
 BLOCK = 2**17
@@ -35,6 +36,11 @@ def ties(deltas: Tensor, *, density: float = 0.2, elected: Election | None = Non
     return _stacked([_merged(unit, elected or election(unit, kept)) for unit in units], deltas)
 
 
+def ties_from(source: Source[Merged], *, density: float = 0.2, elected: Election | None = None) -> Merged | None:
+    """What `ties` makes of the base, for a piece of a tensor that was surveyed."""
+    return None if elected is None else source.elect(*elected)
+
+
 def ties_survey(T: int, n: int, dtype: torch.dtype, *, density: float = 0.2) -> Survey:
     """Of a tensor of n elements and its deltas of T tasks in `dtype`: what `ties` needs to know of pieces of it."""
     return Survey(T, n, int(density * n), dtype)
@@ -52,6 +58,11 @@ def dare_linear(deltas: Tensor, *, density: float = 0.2, seed: int = 0, first: i
     return result
 
 
+def dare_linear_from(source: Source[Merged], *, density: float = 0.2, seed: int = 0, first: int = 0) -> Merged | None:
+    """What `dare_linear` makes of the base."""
+    return source.dropped(density, seed, first, TASK).blend("sum")
+
+
 def dare_ties(
     deltas: Tensor, *, density: float = 0.2, seed: int = 0, first: int = 0, elected: Election | None = None
 ) -> Tensor:
@@ -64,7 +75,18 @@ def dare_ties(
 
 def dare_ties_survey(T: int, n: int, dtype: torch.dtype, *, density: float = 0.2, seed: int = 0) -> Survey:
     """What `ties_survey` is to `ties`."""
-    return Survey(T, n, n, dtype, lambda deltas, first: _left(deltas.unsqueeze(-2), density, seed, first))
+    return Survey(
+        *(T, n, n, dtype),
+        seen_as=lambda deltas, first: _left(deltas.unsqueeze(-2), density, seed, first),
+        asked_of=lambda source, first: source.dropped(density, seed, first, TASK),
+    )
+
+
+def dare_ties_from(
+    source: Source[Merged], *, density: float = 0.2, seed: int = 0, first: int = 0, elected: Election | None = None
+) -> Merged | None:
+    """What `dare_ties` makes of the base, for a piece of a tensor that was surveyed."""
+    return None if elected is None else source.dropped(density, seed, first, TASK).elect(*elected)
 
 
 def _left(deltas: Tensor, density: float, seed: int, first: int) -> Tensor:
