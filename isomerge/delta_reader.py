@@ -16,8 +16,8 @@ from torch import Tensor
 
 from isomerge import nonfinite, ops
 from isomerge.backends.side_by_side import single_threaded
-from isomerge.blend import Direct
 from isomerge.deltas import RUNS_BYTES, Group, Mapped, Read, Result, Stack, Unit, empty_stack, moment_bytes
+from isomerge.direct import Direct
 from isomerge.errors import InputError
 from isomerge.memory import on_huge_pages
 from isomerge.place import Place

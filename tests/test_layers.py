@@ -16,7 +16,7 @@ LEVELS = (  # from the bottom; a module may import from lower levels, and from i
     {"backends", "settings", "checkpoint", "overlap", "place", "recipe_text"},
     {"ops"},
     {"methods", "deltas", "families", "nonfinite", "recipe", "statistics"},
-    {"blend", "headers", "schedule", "moments"},
+    {"direct", "headers", "schedule", "moments"},
     {"delta_reader"},
     {"assignments"},
     {"plan", "spool"},

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from isomerge import blend as module
 from isomerge import deltas, merge, ops
+from isomerge import direct as module
 from isomerge.backends import native
 from isomerge.backends.native import Finalized
-from isomerge.blend import Direct
 from isomerge.checkpoint import Checkpoint, from_state_dict, open_checkpoint
 from isomerge.deltas import Group, Unit
+from isomerge.direct import Direct
 from isomerge.errors import InputError
 
 pytestmark = pytest.mark.skipif(native.availability() is not None, reason=str(native.availability()))
