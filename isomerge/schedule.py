@@ -83,7 +83,8 @@ def costs(step: Step, experts: int) -> tuple[int, int]:
         # Deltas, base, another delta and a raw tensor from a file; base + update; what is merged.
         stacked = experts if group.reduction == "none" else 1
         floats = (stacked + 4 + len(step.call.alphas)) * group.m * group.n + workspace
-        return _surveyed(step, experts), int(floats * group.dtype.itemsize)
+        counts = 2 * experts * TABLE_BYTES if method.survey else 0  # of one piece, and what they are made of
+        return _surveyed(step, experts), int(floats * group.dtype.itemsize) + counts
     single, held = _single(step), _held(step, experts)
     updates = 2 * group.m * group.n + workspace
     return int(single * group.dtype.itemsize), int((held + updates) * group.dtype.itemsize)

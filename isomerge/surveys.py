@@ -63,7 +63,7 @@ class Surveys:
         survey = METHODS[step.call.method].survey
         assert survey is not None
         arguments = {**step.call.arguments, **self._drawn(step, unit)}
-        return survey(len(unit.sources), self._numel[unit.name], step.group.dtype, **arguments)
+        return survey(len(unit.sources), self._numel[unit.name], step.group.dtype, self._place.device, **arguments)
 
     def _together(self, step: Step, units: Iterable[Unit]) -> Iterator[list[Unit]]:
         """Units of tensors that are surveyed together: of as many pieces as a group has, and one tensor at least."""

@@ -116,7 +116,7 @@ def test_ties_of_pieces_is_that_of_the_whole(dtype: torch.dtype, density: float,
     deltas = {"whole numbers": whole_numbers(T, 1, n, seed=1).to(dtype), "noise": noise, "zeros": 0 * noise}[kind]
     whole = ties(deltas, density=density)
     for ends in ((0, n), (0, 1, 400, 401, n), tuple(range(0, n + 1, 1000))):
-        elected = surveyed(ties_survey(T, n, dtype, density=density), deltas, ends).elected
+        elected = surveyed(ties_survey(T, n, dtype, torch.device("cpu"), density=density), deltas, ends).elected
         parts = [ties(deltas[..., a:b], density=density, elected=elected) for a, b in itertools.pairwise(ends)]
         assert torch.equal(torch.cat(parts, -1), whole)
 
@@ -126,7 +126,7 @@ def test_dare_ties_of_pieces_is_that_of_the_whole() -> None:
     deltas = whole_numbers(T, 1, n, seed=3)
     drawn = {"density": 0.4, "seed": 7}
     whole = dare_ties(deltas, **drawn)  # type: ignore[arg-type]
-    elected = surveyed(dare_ties_survey(T, n, torch.float32, **drawn), deltas, ends).elected  # type: ignore[arg-type]
+    elected = surveyed(dare_ties_survey(T, n, torch.float32, torch.device("cpu"), **drawn), deltas, ends).elected  # type: ignore[arg-type]
     assert elected.majority != 0
     parts = [dare_ties(deltas[..., a:b], **drawn, first=a, elected=elected) for a, b in itertools.pairwise(ends)]  # type: ignore[arg-type]
     assert torch.equal(torch.cat(parts, -1), whole)

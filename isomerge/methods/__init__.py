@@ -78,8 +78,8 @@ class Method:
     # with their updates; None: `peak_floats` and 2 m n of each
     reduction: str = "none"  # "sum", "mean": for this reduction of the deltas over T gives the same as for them, and
     # where it is elementwise, the reduction itself
-    survey: Callable[..., Survey] | None = None  # (T, n, dtype, parameters): of a tensor of n elements, whose result a
-    # piece of it takes as `elected`; None: an element of the update depends on that element's deltas alone
+    survey: Callable[..., Survey] | None = None  # (T, n, dtype, device, parameters): of a tensor of n elements; a
+    # piece of it takes what that has `elected`; None: an element of the update depends on that element's deltas alone
     merged_from: Callable[..., Any] | None = None  # (source, parameters): what the update makes of the base, or None,
     # for elements that need not be in memory
     moments: bool = False  # called with (deltas, moments): needs a statistics file of every expert

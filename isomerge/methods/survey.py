@@ -55,6 +55,7 @@ class Survey:
         n: int,
         kept: int,
         dtype: torch.dtype,
+        device: torch.device,
         *,
         seen_as: Callable[[Tensor, int], Tensor] = lambda deltas, first: deltas,
         asked_of: Callable[[Source[object], int], Source[object]] = lambda source, first: source,
@@ -64,7 +65,8 @@ class Survey:
         """
         self._seen_as, self._asked_of = seen_as, asked_of
         self._searches = [ops.Selection(kept, dtype) for _ in range(T)] if 0 < kept < n else []
-        self._counts: list[Tensor | None] = [None] * T
+        # Here, for threads that see pieces would take it from stores of memory of their own, each as much.
+        self._counts = torch.zeros(len(self._searches), ops.DIGITS, dtype=torch.int64, device=device)
         self._thresholds = torch.full((T,), torch.inf if kept == 0 else 0.0, dtype=dtype)
         self._votes = 0
         self._lock = threading.Lock()
@@ -97,14 +99,12 @@ class Survey:
         if not self._searches:
             self.finished = True
             return
-        for t, search in enumerate(self._searches):
-            counts = self._counts[t]
-            assert counts is not None
+        for search, counts in zip(self._searches, self._counts, strict=True):
             search.narrow(counts)
-            self._counts[t] = None
+        self._counts.zero_()
         if self._searches[0].found:
             self._thresholds = torch.stack([search.value() for search in self._searches])
-            self._searches = []
+            self._searches, self._counts = [], self._counts[:0].clone()
 
     def _add_votes(self, votes: int) -> None:
         with self._lock:
@@ -112,8 +112,7 @@ class Survey:
 
     def _add_counts(self, t: int, counts: Tensor) -> None:
         with self._lock:
-            known = self._counts[t]
-            self._counts[t] = counts if known is None else known.add_(counts)
+            self._counts[t] += counts
 
     @property
     def elected(self) -> Election:

@@ -41,9 +41,9 @@ def ties_from(source: Source[Merged], *, density: float = 0.2, elected: Election
     return None if elected is None else source.elect(*elected)
 
 
-def ties_survey(T: int, n: int, dtype: torch.dtype, *, density: float = 0.2) -> Survey:
+def ties_survey(T: int, n: int, dtype: torch.dtype, device: torch.device, *, density: float = 0.2) -> Survey:
     """Of a tensor of n elements and its deltas of T tasks in `dtype`: what `ties` needs to know of pieces of it."""
-    return Survey(T, n, int(density * n), dtype)
+    return Survey(T, n, int(density * n), dtype, device)
 
 
 def dare_linear(deltas: Tensor, *, density: float = 0.2, seed: int = 0, first: int = 0) -> Tensor:
@@ -73,10 +73,12 @@ def dare_ties(
     return _stacked([_merged(unit, elected or election(unit, m * n)) for unit in units], deltas)
 
 
-def dare_ties_survey(T: int, n: int, dtype: torch.dtype, *, density: float = 0.2, seed: int = 0) -> Survey:
+def dare_ties_survey(
+    T: int, n: int, dtype: torch.dtype, device: torch.device, *, density: float = 0.2, seed: int = 0
+) -> Survey:
     """What `ties_survey` is to `ties`."""
     return Survey(
-        *(T, n, n, dtype),
+        *(T, n, n, dtype, device),
         seen_as=lambda deltas, first: _left(deltas.unsqueeze(-2), density, seed, first),
         asked_of=lambda source, first: source.dropped(density, seed, first, TASK),
     )
