@@ -44,6 +44,8 @@ class Direct:
         return replace(self, drop=Drop(density, seed % 2**64, first, apart))
 
     def blend(self, reduction: str) -> Finalized | None:
+        if reduction == "none" or (self.drop is not None and reduction != "sum"):
+            return None
         return self._finalized(lambda files: files.blend(reduction, self.scales, self.dtype))
 
     def elect(self, thresholds: Tensor, majority: int) -> Finalized | None:

@@ -8,12 +8,11 @@
 Tensors say that they are on cuda:0 and hold tensors of the CPU, on which torch computes and Triton interprets. Each
 operation and each kernel is a step of the stream that is current in its thread. Which steps a stream is known to come
 after is kept as a vector clock, to which events and waits add; that the host has waited for something adds nothing, for
-it shows only what happened to happen first. Errors at once: tensors of two
-devices in one operation, a kernel on a tensor of the CPU, a tensor that another stream has written, or still reads,
-without a wait. At the end, in `complaints`: memory that was freed while another stream might be using it and that
-`record_stream` had not been told of. Copies to pinned memory are made when they are waited for, NaN until then. What it
-cannot find: anything about speed, CUDA's limits, operations that a GPU lacks or answers otherwise, and memory that
-libraries take for themselves.
+it shows only what happened to happen first. Errors at once: tensors of two devices in one operation, a kernel on a
+tensor of the CPU, a tensor that another stream has written, or still reads, without a wait. At the end, in
+`complaints`: memory that was freed while another stream might be using it and that `record_stream` had not been told
+of. Copies to pinned memory are made when they are waited for, NaN until then. What it cannot find: anything about
+speed, CUDA's limits, operations that a GPU lacks or answers otherwise, and memory that libraries take for themselves.
 """
 
 from __future__ import annotations

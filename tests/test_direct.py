@@ -257,8 +257,11 @@ def test_what_is_others_business(
 ) -> None:
     models = values_of(50, [torch.bfloat16] * 3)
     files = opened(models)
-    for group in (group_of(50, transposed=True), group_of(50, dtype=torch.float64)):
+    for group in (group_of(50, "none"), group_of(50, transposed=True), group_of(50, dtype=torch.float64)):
         assert blended(files, 50, group=group) is None
+    left = direct(files, 50, group_of(50, "none")).to([1.0], torch.bfloat16).dropped(0.5, 0, 0, 2**48)
+    assert left.blend("sum") is not None
+    assert left.blend("mean") is None
     assert blended(files, 50, dtype=torch.float64) is None
     memory = from_state_dict({"x": models[1]}, "memory")
     assert blended([files[0], memory, files[2]], 50) is None

@@ -76,7 +76,7 @@ void count_low_digits(const float* values, std::int64_t count, std::uint32_t hig
     }
     if (!found) continue;
     for (std::int64_t i = first; i < first + length; ++i) {
-      if (high_digit(values[i]) == high) ++counts[bits<std::uint32_t>(values[i]) & ((1u << DIGIT) - 1)];
+      if (high_digit(values[i]) == high) ++counts[bits<std::uint32_t>(values[i]) & (DIGITS - 1)];
     }
   }
 }

@@ -6,11 +6,13 @@
 #include <optional>
 #include <vector>
 
+constexpr std::int64_t DIGITS = 1 << 16;
+
 // How often each digit of 16 bits occurs in the magnitudes of values: the high one, or with `high`, the low one of those
 // that have this high one.
 class Digits {
  public:
-  // Counts are added to counts[2^16], all of them when this ends.
+  // Counts are added to counts[DIGITS], all of them when this ends.
   Digits(std::optional<std::uint32_t> high, std::int64_t* counts);
   Digits(Digits&&) = default;
   ~Digits();

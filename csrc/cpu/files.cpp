@@ -158,7 +158,7 @@ bool count_digits(const Models& models, const std::vector<std::optional<std::uin
   Blocks blocks(models, Reduction::none);
   std::vector<Digits> tasks;
   tasks.reserve(highs.size());
-  for (std::size_t t = 0; t < highs.size(); ++t) tasks.emplace_back(highs[t], counts + t * (1 << 16));
+  for (std::size_t t = 0; t < highs.size(); ++t) tasks.emplace_back(highs[t], counts + t * DIGITS);
   while (blocks.next()) {
     for (std::size_t t = 0; t < tasks.size(); ++t) tasks[t].add(blocks.deltas.get() + t * blocks.stride, blocks.elements);
   }

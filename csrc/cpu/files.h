@@ -59,5 +59,5 @@ std::optional<Squares> elect(const Models& models, const std::vector<float>& thr
 // Those of `votes`.
 std::optional<std::int64_t> votes(const Models& models, const std::vector<float>& thresholds);
 
-// Adds to counts[t][2^16] those of `Digits` with highs[t] over the deltas of task t. Whether everything was counted.
+// Adds to counts[t][DIGITS] those of `Digits` with highs[t] over the deltas of task t. Whether everything was counted.
 bool count_digits(const Models& models, const std::vector<std::optional<std::uint32_t>>& highs, std::int64_t* counts);

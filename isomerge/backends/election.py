@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from isomerge.backends.selection import BITS, DIGIT, DIGITS, Selection
+from isomerge.backends.selection import BITS, DIGIT, DIGITS, by_digits, joined
 
 BLOCK = 2**16  # elements merged at a time on a CPU: eight float32 arrays then stay in its cache
 COUNTED = 2**18  # elements counted at a time on a CPU, for its cache
@@ -19,12 +19,11 @@ def count_digits(values: Tensor, higher: Sequence[int]) -> Tensor:
     bits = values.view(BITS[values.element_size()])
     shift = 8 * values.element_size() - DIGIT * (1 + len(higher))
     step = COUNTED if values.device.type == "cpu" else max(1, values.numel())
-    prefix = sum(digit << DIGIT * place for place, digit in enumerate(reversed(higher)))
     counts = torch.zeros(DIGITS, dtype=torch.int64, device=values.device)
     for block in bits.split(step):
         digits = block & torch.iinfo(bits.dtype).max
         if higher:
-            digits = digits[digits >> (shift + DIGIT) == prefix] & (DIGITS - 1) << shift
+            digits = digits[digits >> (shift + DIGIT) == joined(higher)] & (DIGITS - 1) << shift
         counts += torch.bincount(digits >> shift if shift else digits, minlength=DIGITS)
     return counts
 
@@ -33,10 +32,7 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
     """Digit by digit, but where there are few values."""
     if values.numel() <= FEW:
         return values.abs().kthvalue(values.numel() - k + 1).values
-    selection = Selection(k, values.dtype)
-    while not selection.found:
-        selection.narrow(count_digits(values, selection.higher))
-    return selection.value().to(values.device)
+    return by_digits(values, k, count_digits)
 
 
 def votes(deltas: Tensor, thresholds: Tensor) -> Tensor:

@@ -18,12 +18,15 @@ from torch import Tensor
 
 from isomerge.backends import BackendUnavailable, eager
 from isomerge.backends.extension import load
-from isomerge.backends.selection import DIGITS, Selection
+from isomerge.backends.selection import DIGITS, by_digits
 from isomerge.backends.side_by_side import concurrently, matrices
 from isomerge.memory import on_huge_pages
 
 PIECE = 2**18
 """Elements of one tensor that a thread takes at a time."""
+
+FEW = 2**14
+"""Values of which torch finds the k-th sooner: of 1000 in 6 us instead of 97, of 20 000 in 75 instead of 104."""
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `Dtype` of csrc/cpu/values.h
 _REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}  # `Reduction` of csrc/cpu/passes.h
@@ -167,12 +170,9 @@ def count_digits(values: Tensor, higher: Sequence[int]) -> Tensor:
 
 def kth_largest(values: Tensor, k: int) -> Tensor:
     """By `count_digits` of both digits. One thread."""
-    if values.dtype != torch.float32 or not values.is_contiguous():
+    if values.dtype != torch.float32 or not values.is_contiguous() or values.numel() <= FEW:
         return eager.kth_largest(values, k)
-    selection = Selection(k, values.dtype)
-    while not selection.found:
-        selection.narrow(count_digits(values, selection.higher))
-    return selection.value()
+    return by_digits(values, k, count_digits)
 
 
 def votes(deltas: Tensor, thresholds: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -36,7 +39,17 @@ class Selection:
     def value(self) -> Tensor:
         """The result, a scalar, once it is found."""
         assert self.found
-        bits = 0
-        for digit in self.higher:
-            bits = bits << DIGIT | digit
-        return torch.tensor(bits, dtype=BITS[self._dtype.itemsize]).view(self._dtype)
+        return torch.tensor(joined(self.higher), dtype=BITS[self._dtype.itemsize]).view(self._dtype)
+
+
+def joined(digits: Sequence[int]) -> int:
+    """The whole number that has these digits, the highest first."""
+    return reduce(lambda number, digit: number << DIGIT | digit, digits, 0)
+
+
+def by_digits(values: Tensor, k: int, count_digits: Callable[[Tensor, Sequence[int]], Tensor]) -> Tensor:
+    """The k-th largest magnitude of values that are in memory, a scalar."""
+    selection = Selection(k, values.dtype)
+    while not selection.found:
+        selection.narrow(count_digits(values, selection.higher))
+    return selection.value().to(values.device)

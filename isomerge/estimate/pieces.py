@@ -34,11 +34,11 @@ def small_job(job: Job, work: Work, share: float, folder: Path) -> Job:
     m, n = work.sides(share)
     names = [f"unit {index}" for index in range(_units(job, work, m * n))]
     shape = (n, m) if work.transposed else (m, n)
-    in_memory = work.cubic or work.step is None
     models = []
     for index, values in enumerate(_values(job, work, m * n)):
         tensors = _shifted(values, names, shape)
-        models.append(from_state_dict(tensors, f"model {index}") if in_memory else _stored(tensors, folder, index))
+        stored = _stored(tensors, folder, index) if work.elementwise else from_state_dict(tensors, f"model {index}")
+        models.append(stored)
     piece = replace(work.assignment, shape=shape, aliases=(), layer_type=None)
     pieces = tuple(replace(piece, name=name) for name in names)
     steps: tuple[Step, ...] = ()
@@ -57,7 +57,7 @@ def _units(job: Job, work: Work, elements: int) -> int:
     if work.cubic and job.place.device.type == "cpu":
         return min(work.length, torch.get_num_threads())
     length = min(work.length, MOST_UNITS, max(1, MOST_ELEMENTS // elements))
-    if work.cubic or work.step is None:
+    if not work.elementwise:
         return length
     return GROUPS * min(length, max(1, MOST_STORED // (GROUPS * (1 + len(job.experts)) * elements)))
 

@@ -33,9 +33,14 @@ class Work:
         return self.step is not None and self.step.group.transposed
 
     @property
+    def elementwise(self) -> bool:
+        """Whether it is merged element by element, in pieces that come and go."""
+        return self.step is not None and METHODS[self.method].elementwise
+
+    @property
     def cubic(self) -> bool:
         """Whether the time grows with the third power of the sides, and not with the number of elements."""
-        return self.step is not None and not METHODS[self.method].elementwise
+        return self.step is not None and not self.elementwise
 
     def sides(self, share: float) -> tuple[int, int]:
         """m x n with the sides multiplied by `share`, the number of elements by its square."""

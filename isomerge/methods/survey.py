@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,10 +25,9 @@ class Election(NamedTuple):
 
 
 def threshold(delta: Tensor, kept: int) -> Tensor:
-    """The smallest of the `kept` largest magnitudes of delta [n], a scalar: infinite for none, zero for all."""
-    if kept == 0 or kept >= delta.numel():
-        return delta.new_tensor(torch.inf if kept == 0 else 0.0)
-    return ops.kth_largest(delta, kept)
+    """The smallest of the `kept` largest magnitudes of delta [n], a scalar, or what keeps none or all."""
+    known = _evident(kept, delta.numel())
+    return ops.kth_largest(delta, kept) if known is None else delta.new_tensor(known)
 
 
 def election(deltas: Tensor, kept: int) -> Election:
@@ -64,10 +64,11 @@ class Survey:
         they are not those that are given.
         """
         self._seen_as, self._asked_of = seen_as, asked_of
-        self._searches = [ops.Selection(kept, dtype) for _ in range(T)] if 0 < kept < n else []
+        known = _evident(kept, n)
+        self._searches = [ops.Selection(kept, dtype) for _ in range(T)] if known is None else []
         # Here, for threads that see pieces would take it from stores of memory of their own, each as much.
         self._counts = torch.zeros(len(self._searches), ops.DIGITS, dtype=torch.int64, device=device)
-        self._thresholds = torch.full((T,), torch.inf if kept == 0 else 0.0, dtype=dtype)
+        self._thresholds = torch.full((T,), known or 0.0, dtype=dtype)
         self._votes = 0
         self._lock = threading.Lock()
         self.finished = kept == 0
@@ -118,6 +119,13 @@ class Survey:
     def elected(self) -> Election:
         """Once it is finished."""
         return Election(self._thresholds, _sign(self._votes))
+
+
+def _evident(kept: int, n: int) -> float | None:
+    """The threshold that keeps none or all of n entries; None where it has to be looked for."""
+    if kept == 0:
+        return math.inf
+    return 0.0 if kept >= n else None
 
 
 def _sign(value: int) -> int:
